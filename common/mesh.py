@@ -1,0 +1,83 @@
+"""One mesh with the axes `data` and `model`; placements by the state's paths."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from common.errors import reject
+
+
+def make(data: int = -1, model: int = 1) -> Mesh:
+    """The mesh over all devices of all processes.
+
+    Args:
+      data: devices that share the batch; -1 for all that `model` leaves.
+      model: devices that share one copy of the parameters.
+
+    Raises:
+      UserError: the devices do not divide so.
+    """
+    devices = jax.devices()
+    if model < 1 or len(devices) % model:
+        raise reject("mesh.model", model, f"a divisor of the {len(devices)} devices")
+    data = len(devices) // model if data == -1 else data
+    if data < 1 or data * model > len(devices):
+        raise reject(
+            "mesh.data", data, f"-1, or from 1 to {len(devices) // model} devices"
+        )
+    if data * model < len(devices) and jax.process_count() > 1:
+        raise reject("mesh.data", data, "-1 when there are several processes")
+    return jax.make_mesh(
+        (data, model),
+        ("data", "model"),
+        (AxisType.Auto, AxisType.Auto),
+        devices=devices[: data * model],
+    )
+
+
+def paths(tree: Any) -> list[str]:
+    """The path of each leaf, for instance `params/blocks/qkv/kernel`."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def place(shapes: Any, rules: tuple, mesh: Mesh) -> Any:
+    """`ShapeDtypeStruct`s with the placement of the first rule that matches.
+
+    Args:
+      shapes: tree of anything with shape and dtype.
+      rules: (regular expression, PartitionSpec) pairs.
+      mesh: where to.
+    """
+
+    def placed(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(placed, shapes)
+
+
+def to_devices(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays -> global arrays split along axis 0; each process copies its rows."""
+    sharding = NamedSharding(mesh, P("data"))
+
+    def put(array):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(
+            array.shape, sharding, lambda index: array[index]
+        )
+
+    return jax.tree.map(put, batch)
+
+
+def current(axis: str = "data") -> int:
+    """Devices along an axis of the mesh in use; 1 outside of any mesh."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)

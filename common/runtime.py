@@ -1,0 +1,55 @@
+"""What must be settled before the first array: precision, pod, caches, logging."""
+
+import os
+import time
+from pathlib import Path
+
+START = time.monotonic()  # `main` imports this first: the clock of the whole command.
+
+
+def start(x64: bool) -> None:
+    """Prepares JAX. Call before anything that may query devices, NetKet above all.
+
+    Args:
+      x64: whether 64-bit numbers exist.
+
+    The environment decides about several processes: on a TPU pod, Slurm or
+    Kubernetes JAX finds them itself; elsewhere set JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    os.environ["JAX_ENABLE_X64"] = "1" if x64 else "0"
+    os.environ["NETKET_SHARDING"] = "0"  # Else NetKet replaces the mesh.
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if cache is None:
+        cache = str(Path.home() / ".cache" / "tenfold" / "xla")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+
+    import jax
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)  # Orbax has 60 lines a run to say.
+    jax.config.update("jax_enable_x64", x64)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_threefry_partitionable", True)
+    _join_pod(jax)
+
+
+def _join_pod(jax) -> None:
+    count = os.environ.get("JAX_NUM_PROCESSES")
+    try:
+        if count is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(
+                num_processes=int(count),
+                process_id=int(os.environ["JAX_PROCESS_ID"]),
+            )
+    except ValueError:
+        if count is not None:
+            raise  # One process is what JAX calls a missing coordinator.
+
+
+def elapsed() -> float:
+    """Seconds since the command began."""
+    return time.monotonic() - START
