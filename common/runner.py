@@ -1,0 +1,276 @@
+"""config -> runs -> report. Owns the workdir."""
+
+import fcntl
+import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from common import aot, loop, metrics
+from common import config as configs
+from common import mesh as meshes
+from common.checkpoint import Checkpoints, disk_error
+from common.errors import UserError, reject
+from common.experiment import Experiment, Run
+from common.stop import Stop
+
+
+def main(config, workdir: str, do: str, given: str, overrides: tuple) -> int:
+    """Runs a command that `main.py` has parsed. Returns the exit code."""
+    try:
+        if do:
+            act(config, Path(workdir), do, given, overrides)
+        else:
+            run(config, Path(workdir))
+    except loop.NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if reason := disk_error(error):
+            raise UserError(f"Cannot use {workdir}: {reason}.") from error
+        raise
+    return 0
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Trains every run of the config that is not finished, then reports."""
+    _check_shared(config)
+    stop = Stop()
+    todo = variants(config)
+    made = {name: make(each) for name, each in todo.items()}  # Mistakes come first.
+    with _Workdir(workdir, config):
+        for name, each in todo.items():
+            folder = workdir / name
+            _first(lambda f=folder, c=each: _settle(f, c))
+            donor = _donor(each, workdir)
+            loop.train(made[name], each, folder, stop, donor)
+        report(made, todo, workdir)
+
+
+def variants(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Run name -> its config: every variant of `config.runs` with every seed."""
+    found = {}
+    for variant, changes in config.runs.items() if config.runs else [("", {})]:
+        for seed in range(config.seed, config.seed + config.n_seeds):
+            each = ConfigDict(config.to_dict())
+            each.runs = ConfigDict()
+            each.lock()
+            configs.apply(each, changes)
+            each.seed = seed
+            found[f"{variant}-seed{seed}" if variant else f"seed{seed}"] = each
+    return found
+
+
+def make(config: ConfigDict) -> Experiment:
+    """The experiment that a config names."""
+    try:
+        module = importlib.import_module(config.experiment)
+    except ModuleNotFoundError as error:
+        if error.name and config.experiment.startswith(error.name):
+            wanted = "the name of a module with make(config)"
+            raise reject("experiment", config.experiment, wanted) from error
+        raise
+    return module.make(config)
+
+
+def report(made: dict, todo: dict, workdir: Path) -> None:
+    """Writes report.md, summary.json and figures/, and says where they are."""
+    first = next(iter(made.values()))
+    if first.report is None:
+        return
+    _barrier("report")
+    runs = {name: load(made[name], todo[name], workdir / name, name) for name in made}
+    with tempfile.TemporaryDirectory() as scratch:
+        leader = jax.process_index() == 0
+        figures = workdir / "figures" if leader else Path(scratch)
+        with jax.set_mesh(meshes.make(**next(iter(todo.values())).mesh)):
+            made_report = first.report(runs, figures)
+        if leader:
+            metrics.write(workdir / "report.md", made_report.text.rstrip() + "\n")
+            text = json.dumps(made_report.summary, indent=2, allow_nan=False)
+            metrics.write(workdir / "summary.json", text + "\n")
+            print(
+                f"{made_report.result} Report: {workdir / 'report.md'}, "
+                f"figures: {workdir / 'figures'}.",
+                flush=True,
+            )
+    _barrier("done")
+
+
+def load(
+    experiment: Experiment, config: Any, folder: Path, name: str, given: str = ""
+) -> Run:
+    """A finished run, its state left on the disk until somebody asks for it."""
+    timing = folder / "timing.json"
+
+    def state():
+        mesh = meshes.make(**config.mesh)
+        with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.keep) as c:
+            if not c.steps():
+                raise UserError(f"There is no checkpoint in {folder}.")
+            return c.restore(c.steps()[-1], loop.shapes(experiment, mesh))
+
+    return Run(
+        name=name,
+        config=config,
+        rows=metrics.read(folder / "metrics.jsonl"),
+        timing=json.loads(timing.read_text()) if timing.exists() else {},
+        state=state,
+        input=given,
+    )
+
+
+def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
+    """`--do=NAME`: uses the finished runs of a workdir.
+
+    The settings are those of the workdir, changed only by what stands on this command
+    line. `compile` needs no run: it compiles the step and prints what it would cost.
+    """
+    Stop()
+    if do == "compile":
+        _check_shared(config)
+        print(aot.describe(aot.compile_step(make(config), config)))
+        return
+    # The experiment's own list first: a misspelt action matters more than a missing run.
+    known = make(config).actions
+    if do not in known:
+        names = ", ".join([*known, "compile"])
+        raise UserError(f"There is no action {do!r}; this experiment has {names}.")
+    if not (workdir / "config.json").exists():
+        raise UserError(f"There is no finished run in {workdir}; train one first.")
+    config = configs.restore(config, json.loads((workdir / "config.json").read_text()))
+    for field, text in overrides:
+        configs.override(config, field, text)
+    _check_shared(config)
+    parts = []
+    for name, each in variants(config).items():
+        experiment = make(each)
+        folder = workdir / name
+        if not (folder / "checkpoints").exists():
+            raise UserError(f"The run {folder} has no checkpoint; train it first.")
+        target = workdir / do / name
+        _first(lambda f=target: f.mkdir(parents=True, exist_ok=True))
+        with jax.set_mesh(meshes.make(**each.mesh)):
+            text = experiment.actions[do](
+                load(experiment, each, folder, name, given), target
+            )
+        parts.append(f"# {do}: {name}\n\n{text.strip()}\n")
+    if jax.process_index() == 0:
+        metrics.write(workdir / f"{do}.md", "\n".join(parts))
+        print("\n".join(parts))
+        print(f"Written: {workdir / f'{do}.md'}, files: {workdir / do}.")
+
+
+class _Workdir:
+    """The folder of one command: made, checked and locked against a second one."""
+
+    def __init__(self, folder: Path, config: ConfigDict):
+        self.folder, self.config = folder, config
+        self._lock = None
+
+    def __enter__(self):
+        _first(self._prepare)
+        return self
+
+    def __exit__(self, *error):
+        if self._lock:
+            self._lock.close()
+
+    def _prepare(self):
+        folder = self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"Another process is at work in {folder}.") from error
+        strangers = [p.name for p in folder.iterdir() if p.name != ".lock"]
+        if strangers and not (folder / "config.json").exists():
+            raise UserError(
+                f"The folder {folder} holds {strangers[0]!r} but no config.json: it is "
+                "not a workdir. Choose another with --workdir."
+            )
+        _settle(folder, self.config)
+
+
+def _settle(folder: Path, config: ConfigDict) -> None:
+    """Writes config.json, or refuses if the one there differs."""
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"The file {path} is damaged: {error}.") from error
+        if found := configs.differences(config, old):
+            raise UserError(
+                f"The workdir {folder} belongs to other settings: {'; '.join(found)}. "
+                "Choose another with --workdir."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
+    text = json.dumps(configs.to_dict(config), indent=2)
+    metrics.write(path, text + "\n")
+
+
+def _donor(config: ConfigDict, workdir: Path):
+    """The function that loads the state named in `config.init_from`, or None."""
+    if not config.init_from:
+        return None
+    folder = next(
+        (
+            f
+            for f in (workdir / config.init_from, Path(config.init_from))
+            if (f / "config.json").exists() and (f / "checkpoints").exists()
+        ),
+        None,
+    )
+    if folder is None:
+        allowed = "a run's folder, with config.json and checkpoints"
+        raise reject("init_from", config.init_from, allowed)
+    saved = ConfigDict(json.loads((folder / "config.json").read_text()))
+    theirs = configs.restore(config, saved.to_dict())
+    return load(make(theirs), theirs, folder, folder.name).state
+
+
+def _check_shared(config: ConfigDict) -> None:
+    least = dict(steps=1, log_every=1, eval_every=0, save_every=1, keep=1, n_seeds=1)
+    for field, bound in least.items():
+        if config[field] < bound:
+            raise reject(field, config[field], f"a whole number from {bound} up")
+    if not 0 <= config.seed < 2**32:
+        raise reject("seed", config.seed, "a whole number from 0 to 4294967295")
+    meshes.make(**config.mesh)
+
+
+def _first(function) -> None:
+    """Calls `function` on the first process; the others wait, and fail if it does."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except UserError as caught:
+            error = caught
+    if jax.process_count() > 1:
+        import numpy as np
+
+        failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+        if int(failed) and error is None:
+            error = UserError("The first process refused; see its message.")
+    if error:
+        raise error
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
