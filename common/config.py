@@ -72,9 +72,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
             )
     old = _child(node, name, parents)
     if isinstance(old, ConfigDict):
-        raise UserError(
-            f"config.{field} is a group; set one of its fields: {', '.join(old)}."
-        )
+        raise UserError(f"config.{field} is a group; set one of its fields: {', '.join(old)}.")
     with node.ignore_type():
         node[name] = _typed(field, text, old)
 

@@ -26,9 +26,7 @@ def make(data: int = -1, model: int = 1) -> Mesh:
         raise reject("mesh.model", model, f"a divisor of the {len(devices)} devices")
     data = len(devices) // model if data == -1 else data
     if data < 1 or data * model > len(devices):
-        raise reject(
-            "mesh.data", data, f"-1, or from 1 to {len(devices) // model} devices"
-        )
+        raise reject("mesh.data", data, f"-1, or from 1 to {len(devices) // model} devices")
     if data * model < len(devices) and jax.process_count() > 1:
         raise reject("mesh.data", data, "-1 when there are several processes")
     return jax.make_mesh(
@@ -71,9 +69,7 @@ def to_devices(batch: Any, mesh: Mesh) -> Any:
 
     def put(array):
         array = np.asarray(array)
-        return jax.make_array_from_callback(
-            array.shape, sharding, lambda index: array[index]
-        )
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, batch)
 

@@ -103,9 +103,7 @@ def report(made: dict, todo: dict, workdir: Path) -> None:
     _barrier("done")
 
 
-def load(
-    experiment: Experiment, config: Any, folder: Path, name: str, given: str = ""
-) -> Run:
+def load(experiment: Experiment, config: Any, folder: Path, name: str, given: str = "") -> Run:
     """A finished run, its state left on the disk until somebody asks for it."""
     timing = folder / "timing.json"
 
@@ -157,9 +155,7 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
         target = workdir / do / name
         _first(lambda f=target: f.mkdir(parents=True, exist_ok=True))
         with jax.set_mesh(meshes.make(**each.mesh)):
-            text = experiment.actions[do](
-                load(experiment, each, folder, name, given), target
-            )
+            text = experiment.actions[do](load(experiment, each, folder, name, given), target)
         parts.append(f"# {do}: {name}\n\n{text.strip()}\n")
     if jax.process_index() == 0:
         metrics.write(workdir / f"{do}.md", "\n".join(parts))

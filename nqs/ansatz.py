@@ -1,0 +1,227 @@
+"""Wave functions: sums of K determinants of configuration-dependent orbitals.
+
+    psi(x) = sum_k det M^k(x)[R, :],   R = the occupied modes of x, ascending
+
+(arXiv:2507.02644, supplement S1-S8.) An `Ansatz` differs from another only in M:
+
+    transformer  a transformer over the sites' tokens: the paper's
+    nnb          a perceptron on all occupations: the paper's warm start
+    tensor       one table per site and local state: the cheapest backflow
+    slater       a constant: Hartree-Fock
+
+Everything is real. Up modes come first, and a generalised determinant mixes both spins.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from common.errors import reject
+from common.layers import stack
+from nqs.determinants import log_det_sum, occupied
+
+Params = Any
+
+
+class Ansatz(NamedTuple):
+    """A wave function as pure functions.
+
+    Attributes:
+      init: key -> params.
+      log_psi: (params, x [2N]) -> (sign, log|psi|), scalars.
+      orbitals: (params, x [2N]) -> M [K, 2N, N_e].
+      attention: (params, x [2N]) -> softmax weights [L, heads, N, N] from site to site,
+        or None where there is no attention.
+    """
+
+    init: Callable
+    log_psi: Callable
+    orbitals: Callable
+    attention: Callable | None = None
+
+
+def build(
+    name: str,
+    n_sites: int,
+    n_electrons: int,
+    *,
+    d_model: int,
+    n_heads: int,
+    n_layers: int,
+    n_det: int,
+    mlp_hidden: int,
+    mlp_layers: int,
+    dtype: str = "float32",
+    linalg: str = "float64",
+) -> Ansatz:
+    """The ansatz of a config. Only the fields that `name` needs are looked at.
+
+    Args:
+      name: transformer, nnb, tensor or slater.
+      d_model, n_heads, n_layers: of the transformer.
+      n_det: K.
+      mlp_hidden, mlp_layers: of the perceptron.
+      dtype: of parameters and network.
+      linalg: of determinants and their sum.
+
+    Raises:
+      UserError: unknown name, or sizes that do not fit.
+    """
+    shape = (n_det, 2 * n_sites, n_electrons)
+    known = {
+        "transformer": lambda: _transformer(shape, d_model, n_heads, n_layers, dtype),
+        "nnb": lambda: _nnb(shape, mlp_hidden, mlp_layers, dtype),
+        "tensor": lambda: _tensor(shape, dtype),
+        "slater": lambda: _slater(shape, dtype),
+    }
+    if name not in known:
+        raise reject("ansatz.name", name, f"one of {', '.join(known)}")
+    if n_det < 1:
+        raise reject("ansatz.n_det", n_det, "a whole number from 1 up")
+    init, orbitals, attention = known[name]()
+
+    def log_psi(params: Params, x: Int[Array, " modes"]):
+        rows = orbitals(params, x)[:, occupied(x, n_electrons), :]
+        return log_det_sum(rows.astype(linalg))
+
+    return Ansatz(init, log_psi, orbitals, attention)
+
+
+def tokens(x: Int[Array, " modes"]) -> Int[Array, " sites"]:
+    """Local states: 0 empty, 1 up, 2 down, 3 doubly occupied."""
+    up, down = jnp.split(x.astype(jnp.int32), 2)
+    return up + 2 * down
+
+
+# The released code's scale: weights ~ N(0, 1/fan_in), all else ~ N(0, 1). Orbital
+# matrices then start of full rank and no determinant is near zero.
+_weight = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_unit = nn.initializers.normal(1.0)
+
+
+class Block(nn.Module):
+    """Y = X + Attn(X), X' = Y + silu(Y W + b): no layer norm, no second matrix (S4-S7).
+
+    Input and output [N, d]; with `weights` the softmax weights [heads, N, N] instead.
+    """
+
+    n_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "sites d"], weights: bool = False):
+        n, d = x.shape
+        kind = dict(dtype=self.dtype, param_dtype=self.dtype, kernel_init=_weight)
+        qkv = nn.Dense(3 * d, use_bias=False, name="qkv", **kind)(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(n, 3, self.n_heads, d // self.n_heads), 1, 0)
+        scores = jnp.einsum("ihc,jhc->hij", q, k) / jnp.sqrt(d // self.n_heads).astype(x.dtype)
+        attention = jax.nn.softmax(scores)
+        mixed = jnp.einsum("hij,jhc->ihc", attention, v).reshape(n, d)
+        y = x + nn.Dense(d, use_bias=False, name="out", **kind)(mixed)
+        z = y + nn.silu(nn.Dense(d, bias_init=_unit, name="mlp", **kind)(y))
+        return attention if weights else z
+
+
+def _transformer(shape, d, n_heads, n_layers, dtype):
+    if n_heads < 1 or d % n_heads:
+        raise reject("ansatz.n_heads", n_heads, f"a divisor of d_model = {d}")
+    if n_layers < 0:
+        raise reject("ansatz.n_layers", n_layers, "a whole number from 0 up")
+    n_det, n_modes, n_electrons = shape
+    n_sites = n_modes // 2
+    block = Block(n_heads, dtype)
+    init_blocks, apply_blocks = stack(block, n_layers)
+    head = nn.Dense(
+        2 * n_det * n_electrons,
+        dtype=dtype,
+        param_dtype=dtype,
+        kernel_init=_weight,
+        bias_init=_unit,
+    )
+
+    def init(key):
+        embed, place, blocks, last = jax.random.split(key, 4)
+        x = jnp.zeros((n_sites, d), dtype)
+        return {
+            "embed": _unit(embed, (4, d), dtype),
+            "place": _unit(place, (n_sites, d), dtype),
+            "blocks": init_blocks(blocks, x),
+            "head": head.init(last, x)["params"],
+        }
+
+    def embedded(params, x):
+        # A product, not a gather: its gradient is a product too, and not a scatter.
+        return jax.nn.one_hot(tokens(x), 4, dtype=dtype) @ params["embed"] + params["place"]
+
+    def orbitals(params, x):
+        h = apply_blocks(params["blocks"], embedded(params, x))
+        rows = head.apply({"params": params["head"]}, h)
+        # [N, spin, K, N_e] -> [K, spin * N, N_e]: up rows first.
+        rows = rows.reshape(n_sites, 2, n_det, n_electrons)
+        return rows.transpose(2, 1, 0, 3).reshape(shape)
+
+    def attention(params, x):
+        def body(h, p):
+            weights = block.apply({"params": p}, h, weights=True)
+            return block.apply({"params": p}, h), weights
+
+        return jax.lax.scan(body, embedded(params, x), params["blocks"])[1]
+
+    return init, orbitals, attention if n_layers else None
+
+
+def _nnb(shape, hidden, layers, dtype):
+    """M from a perceptron 2N -> hidden -> ... -> K 2N N_e with silu (Table S5)."""
+    if hidden < 1:
+        raise reject("ansatz.mlp_hidden", hidden, "a whole number from 1 up")
+    if layers < 1:
+        raise reject("ansatz.mlp_layers", layers, "a whole number from 1 up")
+    kind = dict(dtype=dtype, param_dtype=dtype, kernel_init=_weight, bias_init=_unit)
+    widths = [nn.Dense(hidden, **kind) for _ in range(layers)]
+    head = nn.Dense(shape[0] * shape[1] * shape[2], **kind)
+
+    def init(key):
+        keys = jax.random.split(key, layers + 1)
+        x = jnp.zeros(shape[1], dtype)
+        params = {}
+        for i, (layer, k) in enumerate(zip(widths, keys, strict=False)):
+            params[f"layer{i}"] = layer.init(k, x)["params"]
+            x = jnp.zeros(hidden, dtype)
+        return params | {"head": head.init(keys[-1], x)["params"]}
+
+    def orbitals(params, x):
+        h = 2 * x.astype(dtype) - 1
+        for i, layer in enumerate(widths):
+            h = nn.silu(layer.apply({"params": params[f"layer{i}"]}, h))
+        return head.apply({"params": params["head"]}, h).reshape(shape)
+
+    return init, orbitals, None
+
+
+def _tensor(shape, dtype):
+    """Row (spin, site) depends on its own site's local state alone (arXiv:2507.01856)."""
+    n_det, n_modes, n_electrons = shape
+    n_sites = n_modes // 2
+
+    def init(key):
+        size = (4, n_sites, n_det, 2, n_electrons)
+        return {"table": jax.random.normal(key, size, dtype)}
+
+    def orbitals(params, x):
+        chosen = jnp.einsum(
+            "it,tikse->ksie", jax.nn.one_hot(tokens(x), 4, dtype=dtype), params["table"]
+        )
+        return chosen.reshape(shape)
+
+    return init, orbitals, None
+
+
+def _slater(shape, dtype):
+    def init(key):
+        return {"orbitals": jax.random.normal(key, shape, dtype)}
+
+    return init, lambda params, x: params["orbitals"], None
