@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> Flags:
 
 def usage() -> str:
     """The docstring above and one line per config."""
-    rows = [f"  {str(p):32} {configs.headline(p)}" for p in configs.listed()]
+    rows = [f"  {p!s:32} {configs.headline(p)}" for p in configs.listed()]
     return "\n".join([__doc__.strip(), "", "Configs:", *rows])
 
 

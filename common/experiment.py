@@ -50,6 +50,7 @@ class Experiment(NamedTuple):
       actions: `--do=NAME`: (finished run, folder) -> Markdown.
       headline: host; a row of metrics -> the figures that matter, for the progress
         line.
+      cost: host; part -> FLOPs of one step, all devices together.
     """
 
     init: Callable[[Key], State]
@@ -61,3 +62,4 @@ class Experiment(NamedTuple):
     rules: tuple[tuple[str, PartitionSpec], ...] = ()
     actions: dict[str, Callable[[Run, Path], str]] = {}  # noqa: RUF012 - never mutated
     headline: Callable[[dict], str] = lambda row: ""
+    cost: Callable[[], dict[str, float]] | None = None

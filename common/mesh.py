@@ -1,6 +1,7 @@
 """One mesh with the axes `data` and `model`; placements by the state's paths."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,3 +78,29 @@ def to_devices(batch: Any, mesh: Mesh) -> Any:
 def current(axis: str = "data") -> int:
     """Devices along an axis of the mesh in use; 1 outside of any mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def over_data(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """`shard_map` over the axis `data` of the mesh in use; as it is without a mesh.
+
+    Replicated arguments are marked as varying inside, so that `jax.grad` within the
+    function is each device's own: unmarked, it would be summed over the devices.
+    """
+    if not current("data") or jax.sharding.get_abstract_mesh().empty:
+        return function
+
+    def local(*arguments):
+        marked = [
+            jax.lax.pcast(a, "data", to="varying") if spec == P() else a
+            for a, spec in zip(arguments, in_specs, strict=True)
+        ]
+        return function(*marked)
+
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names={"data"})
+
+
+def replicate(tree: Any) -> Any:
+    """The same values on every device, within jit; as it is without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: P(), tree))

@@ -21,9 +21,9 @@ def scale_by_norm_constraint(
     """Rescales the updates by their L2 norm over the whole tree. Zero stays zero.
 
     Args:
-      max_norm: C, a length or a schedule of lengths. SPRING (arXiv:2401.10190) states the
-        *squared* norm: its 1e-3 is 0.0316 here. MARCH's (arXiv:2507.02644) 0.1 is 0.316 if
-        read as its released code does.
+      max_norm: C, a length or a schedule of lengths. SPRING (arXiv:2401.10190) states
+        the *squared* norm: its 1e-3 is 0.0316 here. MARCH's (arXiv:2507.02644) 0.1 is
+        0.316 if read as in its released code.
       mode: "cap" scales by min(1, C/‖u‖); "fixed" always rescales to ‖u‖ = C.
 
     Raises:
@@ -41,11 +41,14 @@ def scale_by_norm_constraint(
         largest = optax.tree.norm(updates, ord=jnp.inf)
         unit = jnp.where(largest > 0, largest, 1)
         norm = optax.tree.norm(jax.tree.map(lambda u: u / unit, updates))
-        scale = limit / jnp.where(norm > 0, norm, 1) / unit
-        if mode == "cap":
-            scale = jnp.minimum(1, scale)
-        updates = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
-        return updates, NormConstraintState(optax.safe_increment(state.count))
+        scale = limit / jnp.where(norm > 0, norm, 1)
+        exempt = (mode == "cap") & (norm * unit <= limit)
+
+        def rescale(u):
+            return jnp.where(exempt, u, (u / unit * scale).astype(u.dtype))
+
+        count = optax.safe_increment(state.count)
+        return jax.tree.map(rescale, updates), NormConstraintState(count)
 
     def init(params):
         del params
@@ -63,7 +66,7 @@ def decayed_norm(
     8000, warmup = 50. With `warmup` = 0 the first steps are not shortened.
 
     Raises:
-      UserError: a length or `decay_scale` is not positive, or a step number is negative.
+      UserError: `max_norm` or `decay_scale` is not positive, or a step is negative.
     """
     _positive("max_norm", max_norm)
     _positive("decay_scale", decay_scale)
@@ -73,9 +76,7 @@ def decayed_norm(
 
     def schedule(count):
         decay = 1 / (1 + jnp.maximum(count - decay_start, 0) / decay_scale)
-        return max_norm * (
-            jnp.minimum((count + 1) / warmup, decay) if warmup else decay
-        )
+        return max_norm * (jnp.minimum((count + 1) / warmup, decay) if warmup else decay)
 
     return schedule
 

@@ -1,0 +1,219 @@
+"""Transformer neural quantum states for the doped 2D Hubbard model.
+
+Gu et al., "Solving the Hubbard model with Neural Quantum States", arXiv:2507.02644,
+Nature Communications 17, 7838 (2026). Where to find what:
+
+    Hamiltonian, lattices, Hilbert space    lattice.py, hops.py
+    transformer backflow, S1-S8             ansatz.py, determinants.py
+    Metropolis sampling                     sampler.py
+    local energies                          energy.py
+    minSR, SPRING, MARCH, S17-S23           optim/natural_gradient.py
+    observables, error bars                 observables.py, statistics.py, evaluation.py
+    exact and published energies            exact.py, references.py
+    figures and tables                      report.py
+
+One step: every walker makes `sweep_factor` N proposals, local energies are summed over
+the allowed hops, and the parameters take one natural-gradient step. Walkers are spread
+over the devices of the mesh's `data` axis; only the optimizer communicates.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec as P
+from nqs.lattice import hubbard
+
+from common import mesh as meshes
+from common.errors import UserError, reject
+from common.experiment import Experiment
+from nqs import ansatz as wave
+from nqs import cost, evaluation, report
+from nqs.energy import local_energy
+from nqs.hops import hops
+from nqs.sampler import sample, scatter
+from optim.build import variational
+
+RULES = ((r"^walkers$", P("data")),)
+
+
+class State(NamedTuple):
+    params: Any
+    opt: optax.OptState
+    walkers: jax.Array  # int8 [B, 2N], split over the devices
+
+
+def make(config) -> Experiment:
+    """The experiment of `configs/nqs.py`.
+
+    Raises:
+      UserError: the config asks for what cannot be.
+    """
+    system = hubbard(lattice=config.lattice, model=config.model, pinning=config.pinning)
+    _check(config)
+    psi = wave.build(
+        n_sites=system.n_sites,
+        n_electrons=system.n_electrons,
+        dtype=config.precision.net,
+        linalg=config.precision.linalg,
+        **config.ansatz,
+    )
+    tx = variational(**config.optim, clip=config.eloc.clip, linalg=config.precision.linalg)
+    parts = pieces(config, system, psi)
+    n_walkers = config.sampler.n_walkers
+
+    def init(key):
+        start, walk, params = jax.random.split(key, 3)
+        params = psi.init(params)
+        walkers = scatter(start, n_walkers, system.n_sites, system.n_up, system.n_dn)
+        walkers = parts.walk(params, walkers, walk, config.sampler.thermalize)
+        return State(params, tx.init(params), walkers)
+
+    def step(state, batch, key):
+        del batch
+        x, e, found = parts.walk_and_measure(state.params, state.walkers, key, 1)
+        scores = parts.scores(state.params, x)
+        updates, opt = tx.update(
+            state.params, state.opt, state.params, scores=scores, local_energy=e
+        )
+        params = optax.apply_updates(state.params, updates)
+        figures = found | {"update_norm": optax.tree.norm(updates)}
+        return State(params, opt, x), figures
+
+    def adopt(fresh, donor):
+        same = [
+            jax.tree.map(lambda a: a.shape, tree)
+            for tree in ((fresh.params, fresh.walkers), (donor.params, donor.walkers))
+        ]
+        if same[0] != same[1]:
+            raise reject(
+                "init_from",
+                config.init_from,
+                "a run with the same lattice, filling, ansatz and number of walkers",
+            )
+        return fresh._replace(params=donor.params, walkers=donor.walkers)
+
+    return Experiment(
+        init=init,
+        step=step,
+        evaluate=partial(evaluation.evaluate, config, system, psi, parts),
+        report=partial(report.report, system),
+        adopt=adopt,
+        rules=RULES,
+        actions={"evaluate": partial(report.evaluated, config, system, psi, parts)},
+        headline=partial(report.headline, system),
+        cost=partial(cost.flops, config, system),
+    )
+
+
+class Pieces(NamedTuple):
+    """What training and evaluation share; every function maps over the walkers."""
+
+    walk: Any  # (params, x, key, sweeps) -> x
+    walk_and_measure: Any  # (params, x, key, sweeps) -> (x, E_L, figures)
+    scores: Any  # (params, x) -> d log|psi| / d theta, [B, P]
+
+
+def pieces(config, system, psi: wave.Ansatz) -> Pieces:
+    """The sampler, the local energies and the scores of one config."""
+    h = hops(system)
+    n_walkers, chunk = config.sampler.n_walkers, config.eloc.chunk
+    n_moves = round(config.sampler.sweep_factor * system.n_sites)
+
+    def batched(params):
+        one = partial(psi.log_psi, params)
+
+        def log_psi(x):
+            if len(x) <= chunk:
+                return jax.vmap(one)(x)
+            return jax.lax.map(one, x, batch_size=chunk)
+
+        return log_psi
+
+    def uniforms(key, sweeps):
+        shape = (max(1, sweeps * n_moves), n_walkers, 2)
+        return jax.random.uniform(key, shape, jnp.float32)
+
+    def moved(params, x, u):
+        chains = sample(batched(params), h, x, u)
+        return chains.x
+
+    def measured(params, x, u):
+        log_psi = batched(params)
+        chains = sample(log_psi, h, x, u)
+        e, connected = local_energy(log_psi, h, chains.x, chains.sign, chains.log, chunk)
+        return chains.x, e, chains.moved, connected
+
+    def score(params, x):
+        log = lambda p: psi.log_psi(p, x)[1]
+        return ravel_pytree(jax.grad(log)(params))[0]
+
+    def scored(params, x):
+        batch = min(config.eloc.score_chunk, len(x))
+        return jax.lax.map(partial(score, params), x, batch_size=batch)
+
+    walkers, moves = P("data"), P(None, "data")
+    split = meshes.over_data
+
+    def walk(params, x, key, sweeps):
+        u = uniforms(key, sweeps)
+        return split(moved, (P(), walkers, moves), walkers)(params, x, u)
+
+    def walk_and_measure(params, x, key, sweeps):
+        u = uniforms(key, sweeps)
+        run = split(measured, (P(), walkers, moves), (walkers,) * 4)
+        x, e, accepted, connected = run(params, x, u)
+        return x, e, figures(e, accepted, connected)
+
+    return Pieces(walk, walk_and_measure, split(scored, (P(), walkers), walkers))
+
+
+def figures(e: jax.Array, accepted: jax.Array, connected: jax.Array) -> dict:
+    """A step's metrics from its unclipped local energies; bad ones are left out."""
+    good = jnp.isfinite(e)
+    n = jnp.sum(good)
+    mean = jnp.sum(jnp.where(good, e, 0)) / n
+    variance = jnp.sum(jnp.where(good, (e - mean) ** 2, 0)) / n
+    return {
+        "energy": mean,
+        "energy_error": jnp.sqrt(variance / n),
+        "variance": variance,
+        "acceptance": jnp.mean(accepted),
+        "connected": jnp.mean(connected.astype(e.dtype)),
+        "bad_samples": jnp.sum(~good),
+    }
+
+
+def _check(config) -> None:
+    n = config.sampler.n_walkers
+    devices = meshes.make(**config.mesh).shape["data"]
+    if n < 2:
+        raise reject("sampler.n_walkers", n, "at least 2")
+    if n % devices:
+        raise reject("sampler.n_walkers", n, f"a multiple of the {devices} devices")
+    if not 0 < config.sampler.sweep_factor < float("inf"):
+        raise reject("sampler.sweep_factor", config.sampler.sweep_factor, "above 0")
+    positive = dict(eloc=("chunk", "score_chunk"), eval=("blocks", "sweeps"))
+    for group, fields in positive.items():
+        for field in fields:
+            if config[group][field] < 1:
+                raise reject(f"{group}.{field}", config[group][field], "at least 1")
+    for group in ("sampler", "eval"):
+        if config[group].thermalize < 0:
+            raise reject(f"{group}.thermalize", config[group].thermalize, "0 or more")
+    if config.eval.blocks < 8:
+        raise reject("eval.blocks", config.eval.blocks, "at least 8, for an error bar")
+    if not config.eloc.clip >= 0:
+        raise reject("eloc.clip", config.eloc.clip, "a number from 0 (no clipping) up")
+    for field in ("net", "linalg"):
+        kind = config.precision[field]
+        if kind not in ("float32", "float64"):
+            raise reject(f"precision.{field}", kind, "float32 or float64")
+        if kind == "float64" and not jax.config.jax_enable_x64:
+            raise UserError(
+                f"config.precision.{field} is 'float64', but config.x64 is False; "
+                "set it to True or the precision to float32."
+            )

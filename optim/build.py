@@ -1,0 +1,67 @@
+"""Chains of gradient transformations from a config's `optim`."""
+
+import optax
+
+from common.errors import reject
+from optim import natural_gradient as ng
+from optim.norm_constraint import decayed_norm, scale_by_norm_constraint
+
+
+def variational(
+    name: str,
+    *,
+    mu: float,
+    beta: float,
+    damping: float,
+    eps: float,
+    normalize_v: bool,
+    difference: str,
+    decay: str,
+    preconditioner: str,
+    max_norm: float,
+    norm_mode: str,
+    decay_start: int,
+    decay_scale: float,
+    warmup: int,
+    learning_rate: float,
+    clip: float,
+    linalg: str,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a variational Monte Carlo run.
+
+    Args:
+      name: march, spring, minsr (with the norm constraint as step size), adam or sgd
+        (with `learning_rate`).
+      clip: of local energies, in mean absolute deviations; 0: none.
+      linalg: dtype of the natural gradient's linear algebra.
+
+    The other fields are those of the transformations; a name uses those it needs.
+
+    Raises:
+      UserError: an unknown name, or a field out of its range.
+    """
+    cut = clip or None
+    shared = dict(damping=damping, clip=cut, dtype=linalg)
+    natural = {
+        "march": lambda: ng.scale_by_march(
+            mu=mu,
+            beta=beta,
+            eps=eps,
+            normalize_v=normalize_v,
+            difference=difference,
+            decay=decay,
+            preconditioner=preconditioner,
+            **shared,
+        ),
+        "spring": lambda: ng.scale_by_spring(mu=mu, **shared),
+        "minsr": lambda: ng.scale_by_minsr(**shared),
+    }
+    plain = {"adam": optax.adam, "sgd": optax.sgd}
+    if name in natural:
+        length = decayed_norm(max_norm, decay_start, decay_scale, warmup)
+        return optax.chain(natural[name](), scale_by_norm_constraint(length, norm_mode))
+    if name in plain:
+        if not learning_rate > 0:
+            raise reject("optim.learning_rate", learning_rate, "a number above 0")
+        return optax.chain(ng.energy_gradient(clip=cut), plain[name](learning_rate))
+    raise reject("optim.name", name, f"one of {', '.join([*natural, *plain])}")
