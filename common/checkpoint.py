@@ -50,7 +50,7 @@ class Checkpoints:
         """Copies `state` and writes it in the background."""
         with _disk(self.folder):
             self._manager.wait()  # A failed write is reported here, not lost.
-            mark = {"digest": int(digest(state))}
+            mark = {"digest": int(digest(state)), "shapes": _described(state)}
             self._manager.save_async(step, state, force=True, custom_metadata=mark)
 
     def wait(self) -> None:
@@ -69,17 +69,16 @@ class Checkpoints:
             sentence says what to do.
         """
         try:
-            metadata = self._manager.metadata(step)
-            saved = _described(metadata.metadata)
+            mark = self._manager.metadata(step).custom_metadata
+            saved, expected = mark["shapes"], mark["digest"]
         except Exception as error:
             raise self._damaged(step, error) from error
         _compare(saved, _described(shapes), self.folder / str(step))
         try:
             state = self._manager.load(step, shapes)
-            mark = (metadata.custom_metadata or {})["digest"]
         except Exception as error:
             raise self._damaged(step, error) from error
-        if int(digest(state)) != mark:
+        if int(digest(state)) != expected:
             raise self._damaged(step, "its contents do not match its digest")
         return state
 
@@ -122,17 +121,10 @@ def _words(leaf: jax.Array) -> jax.Array:
 
 
 def _described(tree: Any) -> dict[str, str]:
-    """Path -> shape, for trees of arrays and of Orbax's metadata alike."""
-
-    def shape(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)  # As it is stored.
-        return str(tuple(leaf.shape))
-
+    """Path -> shape and dtype."""
     return {
-        path: shape(leaf)
+        path: f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in zip(meshes.paths(tree), jax.tree.leaves(tree), strict=True)
-        if hasattr(leaf, "shape")
     }
 
 

@@ -202,7 +202,7 @@ class _Clock:
         jax.block_until_ready(self.values)
         after = self.done - self.start - 1
         seconds = time.monotonic() - self.warm
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         stats = device.memory_stats() or {}
         found = {
             "seconds_from_command_to_first_step": self.first,

@@ -3,8 +3,10 @@
 import fcntl
 import importlib
 import json
+import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,33 @@ def main(config, workdir: str, do: str, given: str, overrides: tuple) -> int:
             act(config, Path(workdir), do, given, overrides)
         else:
             run(config, Path(workdir))
+        return 0
     except loop.NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _leave(1)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _leave(2)
     except OSError as error:
-        if reason := disk_error(error):
-            raise UserError(f"Cannot use {workdir}: {reason}.") from error
-        raise
-    return 0
+        if (reason := disk_error(error)) is None:
+            raise
+        print(f"error: Cannot use {workdir}: {reason}.", file=sys.stderr)
+        return _leave(2)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        return _leave(1)
+
+
+def _leave(code: int) -> int:
+    """The exit code. One of several processes leaves at once: JAX would wait for the
+    others, and they for it."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -182,6 +203,12 @@ class _Workdir:
         folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+            if strangers and not (folder / "config.json").exists():
+                raise UserError(
+                    f"The folder {folder} holds {strangers[0]!r} but no config.json: it is "
+                    "not a workdir. Choose another with --workdir."
+                )
             self._lock = (folder / ".lock").open("w")
         except OSError as error:
             raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
@@ -189,12 +216,6 @@ class _Workdir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"Another process is at work in {folder}.") from error
-        strangers = [p.name for p in folder.iterdir() if p.name != ".lock"]
-        if strangers and not (folder / "config.json").exists():
-            raise UserError(
-                f"The folder {folder} holds {strangers[0]!r} but no config.json: it is "
-                "not a workdir. Choose another with --workdir."
-            )
         _settle(folder, self.config)
 
 

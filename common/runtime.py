@@ -2,6 +2,7 @@
 
 import os
 import time
+from logging import CRITICAL, getLogger
 from pathlib import Path
 
 START = time.monotonic()  # `main` imports this first: the clock of the whole command.
@@ -27,7 +28,9 @@ def start(x64: bool) -> None:
     import jax
     from absl import logging
 
-    logging.set_verbosity(logging.WARNING)  # Orbax has 60 lines a run to say.
+    # Orbax has 60 lines a run to say, and prints the errors that it then raises.
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel(CRITICAL)
     jax.config.update("jax_enable_x64", x64)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

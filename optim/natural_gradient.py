@@ -3,9 +3,8 @@
 With B samples, scores O = ∂ log|ψ|/∂θ, local energies E and means over samples,
 
     Õ = (O − mean O)/√B,   ε̃ = −(E − mean E)/√B,   φ = μ d_{k−1},   D = diag(≈ 1/√v),
-    d_k = φ + D Õᵀ (Õ D Õᵀ + λ)⁻¹ (ε̃ − Õ φ),
-
-the minimiser of ‖Õ d − ε̃‖²/λ + (d − φ)ᵀ D⁻¹ (d − φ).
+    d_k = φ + D Õᵀ (Õ D Õᵀ + λ)⁻¹ (ε̃ − Õ φ)
+        = argmin_d ‖Õ d − ε̃‖²/λ + (d − φ)ᵀ D⁻¹ (d − φ).
 
     minSR   μ = 0, D = 1   Chen & Heyl, arXiv:2302.01941; Rende et al., arXiv:2310.05715
     SPRING  D = 1          Goldshlager, Abrahamsen & Lin, arXiv:2401.10190
@@ -65,18 +64,16 @@ def scale_by_march(
     """MARCH (arXiv:2507.02644, S17-S23). Sources differ in details, hence the options.
 
     Args:
-      mu: momentum, in [0, 1). `beta`: decay of v, in [0, 1). `damping`: λ > 0.
-      eps: at least 0; bounds D where v vanishes.
-      normalize_v: use v/rms(v), so that λ keeps its meaning while v drifts; "sum" then
-        also continues from it, as in the authors' code.
+      mu, beta: momentum and decay of v, in [0, 1).
+      damping, eps: λ > 0; ε ≥ 0 bounds D where v vanishes.
+      normalize_v: use v/rms(v), so that λ keeps its meaning; "sum" also goes on from it.
       difference: whose square enters v: "raw", d_k − d_{k−1}; "momentum", d_k − μ d_{k−1}.
       decay: "sum": v ← β v + (·)², from 1. "ema": v ← β v + (1 − β)(·)², from 0, divided
         by 1 − β^count where used; its first step uses 1 as well.
-      preconditioner: D is "sqrt": 1/(√v + eps); "quarter": 1/(v^¼ + eps)².
+      preconditioner: D is "sqrt": 1/(√v + ε); "quarter": 1/(v^¼ + ε)².
       clip: 5.0 clips local energies to median ± 5 mean|E − median|; None does not.
       axis: the mesh axis over which the rows of `scores` are spread.
-      dtype: of linear algebra and state, "float32" or "float64". None: the widest of
-        `scores` and `local_energy`; for the state, JAX's default.
+      dtype: "float32" or "float64", of linear algebra and state; None: the widest given.
       block: columns of `scores` that are converted to `dtype` at a time.
 
     Raises:
@@ -91,15 +88,14 @@ def scale_by_march(
     def used(v, count):
         if decay == "ema":
             v = jnp.where(count == 0, 1, v / jnp.maximum(1 - beta**count, 1 - beta))
-        if normalize_v:  # v is of order d²: its own square may underflow.
-            v = jnp.where(v.max() > 0, v / v.max(), 1)
-            v = v / jnp.sqrt(jnp.mean(v**2))
-        return v
+        if not normalize_v:
+            return v
+        v = jnp.where(v.max() > 0, v / v.max(), 1)  # Or v², of order d⁴, may underflow.
+        return v / jnp.sqrt(jnp.mean(v**2))
 
     def metric(v, count):
-        v = jnp.maximum(used(v, count), jnp.finfo(v.dtype).tiny)
-        quarter = preconditioner == "quarter"
-        return (v**0.25 + eps) ** -2 if quarter else 1 / (jnp.sqrt(v) + eps)
+        root = jnp.sqrt(jnp.maximum(used(v, count), jnp.finfo(v.dtype).tiny))
+        return 1 / (root + eps if preconditioner == "sqrt" else (root**0.5 + eps) ** 2)
 
     def accumulate(v, count, step, previous):
         square = (step - (mu if difference == "momentum" else 1) * previous) ** 2
@@ -115,9 +111,8 @@ def energy_gradient(clip=None, axis: str = "data", dtype=None) -> Transformation
 
     A refused batch gives a zero gradient. Arguments as in `scale_by_march`.
     """
-    solver = _solver(1.0, clip, axis, dtype)  # There is nothing to damp.
-    gradient = lambda batch: -2 * (_rows(batch) * batch.residual[:, None]).sum(axis=0)
-    return _stateless(gradient, solver)
+    gradient = lambda batch: -2 * _transposed(batch.residual, *batch.columns) / batch.size
+    return _stateless(gradient, _solver(1.0, clip, axis, dtype))
 
 
 def gram(
@@ -135,7 +130,8 @@ def gram(
     of samples, each device trades its samples of all parameters for all samples of some,
     in the dtype of `scores`; `block` columns at a time are converted and multiplied.
     """
-    devices, multiply = _devices(axis), partial(_gram_of_columns, block=block)
+    multiply = partial(_gram_of_columns, block=block)
+    devices = dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
     if devices == 1:
         return multiply(scores, weights, mean, good)
 
@@ -145,35 +141,52 @@ def gram(
 
     pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % devices)])
     split, whole = PartitionSpec(axis), PartitionSpec()
+    # Or the split would spread to where they came from, to be gathered many times.
+    weights, mean, good = jax.lax.with_sharding_constraint((weights, mean, good), whole)
     specs = dict(in_specs=(split, split, split, whole), out_specs=whole)
-    exchange = jax.shard_map(exchange, **specs, axis_names={axis})
+    # Unchecked: the check would not let a sum start from the same zeros on all devices.
+    exchange = jax.shard_map(exchange, **specs, axis_names={axis}, check_vma=False)
     return exchange(pad(scores), pad(weights), pad(mean), good)
 
 
 def _gram_of_columns(scores, weights, mean, good, block):
-    def product(start, width):
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=width)
-        centred = cut(scores, axis=1).astype(weights.dtype) - cut(mean)
-        centred = jnp.where(good[:, None], centred, 0)
-        return jnp.matmul(centred * cut(weights), centred.T, precision="highest")
-
-    block = min(block, scores.shape[1])  # The loop's body is traced even for no block.
-    blocks, rest = divmod(scores.shape[1], block)
-    # A carry that starts as zeros would not vary over the mesh, as shard_map wants it to.
-    last = product(blocks * block, rest)
-    add = lambda i, total: total + product(i * block, block)
-    return jax.lax.fori_loop(0, blocks, add, last)
+    cut = lambda rows, start: _slice(weights, start, rows.shape[1])
+    add = lambda total, rows, start: total + _dot(rows * cut(rows, start), rows.T)
+    return _fold(add, jnp.zeros((good.size,) * 2, mean.dtype), scores, mean, good, block)
 
 
+def _transposed(vector, scores, mean, good, block):
+    """(O − mean)ᵀ vector, over good samples."""
+
+    def put(total, rows, start):
+        return jax.lax.dynamic_update_slice(total, _dot(vector, rows), (start,))
+
+    return _fold(put, jnp.zeros_like(mean), scores, mean, good, block)
+
+
+def _fold(function, carry, scores, mean, good, block):
+    """Over `block` columns at a time, so that scores are never stored in a wider dtype."""
+
+    def step(carry, start, width):
+        rows = _slice(scores, start, width, 1).astype(mean.dtype)
+        rows = jnp.where(good[:, None], rows - _slice(mean, start, width), 0)
+        return function(carry, rows, start)
+
+    block = min(block, mean.size)  # The loop's body is traced even for no block.
+    blocks, rest = divmod(mean.size, block)
+    carry = step(carry, blocks * block, rest)
+    return jax.lax.fori_loop(0, blocks, lambda i, x: step(x, i * block, block), carry)
+
+
+_dot = partial(jnp.matmul, precision="highest")
+_slice = jax.lax.dynamic_slice_in_dim
 _Solver = namedtuple("_Solver", "damping clip axis dtype block")
 
 
 class _Batch(NamedTuple):
-    scores: Array  # [B, P], raw; centred where they are used, so that no copy is stored
-    mean: Array  # [P]
-    good: Array  # [B]
+    columns: tuple  # scores [B, P], raw; their mean [P]; which are good [B]; `block`
     size: Array  # how many are good
-    residual: Array  # [B], ε̃
+    residual: Array  # [B], √B ε̃
     usable: Array  # at most 1 % are bad
 
 
@@ -204,8 +217,7 @@ def _dtype(solver, *arrays):
 def _stateless(vector, solver):
     def update(updates, state, params=None, *, scores, local_energy, **extra):
         batch = _centre(scores, local_energy, solver)
-        like = updates if params is None else params
-        return _accept(vector(batch), like, batch.usable)[0], state
+        return _accept(vector(batch), updates, params, batch.usable)[0], state
 
     return Transformation(lambda _: optax.EmptyState(), update)
 
@@ -222,11 +234,10 @@ def _with_momentum(mu, solver, metric=None, accumulate=None):
     def update(updates, state, params=None, *, scores, local_energy, **extra):
         batch = _centre(scores, local_energy, solver)
         count, phi, v = state
-        phi, v = jax.tree.map(lambda x: x.astype(batch.mean.dtype), (phi, v))
+        phi, v = jax.tree.map(lambda x: x.astype(batch.residual.dtype), (phi, v))
         step = _direction(batch, solver, mu * phi, metric and metric(v, count))
         v = accumulate(v, count, step, phi) if metric else v
-        like = updates if params is None else params
-        update, accepted = _accept(step, like, batch.usable, v)
+        update, accepted = _accept(step, updates, params, batch.usable, v)
         new = NaturalGradientState(optax.safe_increment(count), step, v)
         keep = lambda new, old: jnp.where(accepted, new.astype(old.dtype), old)
         return update, jax.tree.map(keep, new, state)
@@ -237,7 +248,6 @@ def _with_momentum(mu, solver, metric=None, accumulate=None):
 def _centre(scores, energy, solver):
     dtype = _dtype(solver, scores, energy)
     good = jnp.isfinite(energy) & jnp.isfinite(scores).all(axis=1)
-    good, energy = _everywhere((good, energy), solver.axis)
     size = jnp.maximum(good.sum(), 1).astype(dtype)
     average = lambda x: jnp.where(good, x, 0).sum() / size
     energy = energy.astype(jnp.result_type(energy, dtype))
@@ -245,59 +255,45 @@ def _centre(scores, energy, solver):
         median = jnp.nanmedian(jnp.where(good, energy, jnp.nan))
         width = solver.clip * average(jnp.abs(energy - median))
         energy = jnp.clip(energy, median - width, median + width)
-    residual = (jnp.where(good, average(energy) - energy, 0) / jnp.sqrt(size)).astype(dtype)
-    mean = jnp.where(good[:, None], scores, 0).sum(axis=0, dtype=dtype) / size
+    residual = jnp.where(good, average(energy) - energy, 0).astype(dtype)
+    zero = jnp.zeros(scores.shape[1], dtype)
+    mean = _transposed(good / size, scores, zero, good, solver.block)
     usable = 100 * (~good).sum() <= good.size
-    return _Batch(scores, _everywhere(mean, solver.axis), good, size, residual, usable)
+    return _Batch((scores, mean, good, solver.block), size, residual, usable)
 
 
-def _rows(batch):
-    # To be multiplied and summed only: XLA fuses a sum with this conversion, whereas for
-    # a matrix product it would store all scores in the wider dtype.
-    centred = batch.scores.astype(batch.mean.dtype) - batch.mean
-    return jnp.where(batch.good[:, None], centred, 0) / jnp.sqrt(batch.size)
-
-
-def _direction(batch, solver, phi=0.0, metric=None):
-    """φ + D Õᵀ (Õ D Õᵀ + λ)⁻¹ (ε̃ − Õ φ); D = 1 without `metric`."""
-    scores, mean, good, size, residual, _ = batch
+def _direction(batch, solver, phi=None, metric=None):
+    """φ + D Õᵀ (Õ D Õᵀ + λ)⁻¹ (ε̃ − Õ φ); φ = 0 and D = 1 where not given."""
+    (scores, mean, good, block), size, residual, _ = batch
+    phi = jnp.zeros_like(mean) if phi is None else phi
     metric = jnp.ones_like(mean) if metric is None else metric
-    residual = _everywhere(residual - (_rows(batch) * phi).sum(axis=1), solver.axis)
-    matrix = gram(scores, metric, mean, good, axis=solver.axis, block=solver.block)
+    matrix = gram(scores, metric, mean, good, axis=solver.axis, block=block)
     # The residual is orthogonal to 1, which Õᵀ sends to 0: adding 1 1ᵀ changes nothing
     # but keeps one eigenvalue away from zero.
     matrix = ((matrix + matrix.T) / 2 + jnp.outer(good, good)) / size
-    solution = _solve(matrix, residual, solver.damping)
-    return phi + metric * (_rows(batch) * solution[:, None]).sum(axis=0)
+    minus = lambda x, rows, start: x - _dot(rows, _slice(phi, start, rows.shape[1]))
+    residual = _fold(minus, residual, *batch.columns)
+    solution = _solve(matrix, residual, solver.damping)  # Times √B, like the residual.
+    return phi + metric * _transposed(solution, *batch.columns) / size
 
 
 def _solve(matrix, vector, damping):
     """(matrix + damping)⁻¹ vector, also where rounding made the matrix indefinite."""
-    shift = damping * jnp.eye(vector.size, dtype=matrix.dtype)
-    factor = jnp.linalg.cholesky(matrix + shift)
+    factor = jnp.linalg.cholesky(matrix + jnp.diag(jnp.full_like(vector, damping)))
     solution = jax.scipy.linalg.cho_solve((factor, True), vector)
 
     def by_eigenvalues():
         values, vectors = jnp.linalg.eigh(matrix)
-        dot = partial(jnp.matmul, precision="highest")
-        return dot(vectors, dot(vectors.T, vector) / (jnp.maximum(values, 0) + damping))
+        # Smaller ones, negative or not, are rounding; dividing by them makes noise.
+        values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values.max())
+        return _dot(vectors, _dot(vectors.T, vector) / (values + damping))
 
     return jax.lax.cond(jnp.isfinite(solution).all(), lambda: solution, by_eigenvalues)
 
 
-def _accept(step, like, usable, v=()):
-    """The step as a tree like `like`, or zeros; and whether all is usable and finite."""
-    flat, unravel = ravel_pytree(like)
+def _accept(step, updates, params, usable, v=()):
+    """The step as a tree, or zeros if not all is usable and finite; and whether it is."""
+    flat, unravel = ravel_pytree(updates if params is None else params)
     cast = step.astype(flat.dtype)
     accepted = usable & jnp.isfinite(ravel_pytree((step, cast, v))[0]).all()
     return unravel(jnp.where(accepted, cast, 0)), accepted
-
-
-def _devices(axis):
-    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
-
-
-def _everywhere(arrays, axis):
-    """Replicated, so that what follows inherits no split and is not gathered again."""
-    replicate = lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec())
-    return arrays if _devices(axis) == 1 else jax.tree.map(replicate, arrays)

@@ -35,7 +35,6 @@ def scale_by_norm_constraint(
         raise reject("optim.mode", mode, "'cap' or 'fixed'")
 
     def update(updates, state, params=None, **extra):
-        del params, extra
         limit = max_norm(state.count) if callable(max_norm) else max_norm
         # Dividing by the largest entry first keeps squares from over- and underflowing.
         largest = optax.tree.norm(updates, ord=jnp.inf)
@@ -58,7 +57,7 @@ def scale_by_norm_constraint(
 
 
 def decayed_norm(
-    max_norm: float, decay_start: float, decay_scale: float, warmup: int = 0
+    max_norm: float, decay_start: int | float, decay_scale: int | float, warmup: int = 0
 ) -> Callable:
     """C_k = max_norm · min((k+1)/warmup, 1/(1 + max(k − decay_start, 0)/decay_scale)).
 

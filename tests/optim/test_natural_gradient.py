@@ -42,10 +42,11 @@ def follow(tx, data, params=None, state=None):
     """The flat updates of some steps, and the last state."""
     params = tree(data[0][0].shape[1]) if params is None else params
     state = tx.init(params) if state is None else state
-    update = jax.jit(lambda s, o, e: tx.update(params, s, params, scores=o, local_energy=e))
+    update = jax.jit(tx.update)  # Compiled once for each `tx`, shapes and mesh.
     steps = []
     for scores, energy in data:
-        step, state = update(state, jnp.asarray(scores), jnp.asarray(energy))
+        arrays = dict(scores=jnp.asarray(scores), local_energy=jnp.asarray(energy))
+        step, state = update(params, state, params, **arrays)
         steps.append(np.asarray(ravel_pytree(step)[0]))
     return np.stack(steps), state
 
@@ -150,11 +151,12 @@ def test_constants_and_the_order_of_samples_do_not_matter(make):
         moved.append((scores + rng.normal(size=17), energy - 7.0))
         order = rng.permutation(11)
         shuffled.append((scores[order], energy[order]))
+    tx = make(clip=1.0)
     with jax.enable_x64(True):
-        want, _ = follow(make(clip=1.0), data)
-        assert np.abs(want).min(axis=1).max() > 1e-6
+        want, _ = follow(tx, data)
+        assert np.abs(want).min() > 0
         for changed in (moved, shuffled):
-            got, _ = follow(make(clip=1.0), changed)
+            got, _ = follow(tx, changed)
             np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
 
 
@@ -165,11 +167,10 @@ def test_number_of_devices_does_not_matter(make, x64, tolerance):
     tx = make(clip=2.0) if make is ng.energy_gradient else make(damping=0.1, clip=2.0)
     with jax.enable_x64(x64):
         want, _ = follow(tx, data)
-        for devices, model in ((1, 1), (8, 1), (8, 2)):
-            with jax.set_mesh(mesh(devices, model)) as current:
-                rows = NamedSharding(current or mesh(devices, model), PartitionSpec("data"))
-                put = [jax.device_put(batch, rows) for batch in data]
-                got, _ = follow(tx, put)
+        for model in (1, 2):
+            with jax.set_mesh(mesh(8, model)):
+                rows = NamedSharding(mesh(8, model), PartitionSpec("data"))
+                got, _ = follow(tx, [jax.device_put(batch, rows) for batch in data])
             scale = np.abs(want).max()
             np.testing.assert_allclose(got / scale, want / scale, atol=tolerance)
 
@@ -235,7 +236,9 @@ def test_momentum_solves_least_squares_sooner_than_minsr():
     table = rng.normal(size=(300, 24)) * np.linspace(0.2, 1.0, 24)
     target = rng.normal(size=24)
 
-    def error(tx):
+    def error(direction):
+        tx = optax.chain(direction, optax.scale(0.1))
+
         def step(carry, rows):
             theta, state = carry
             update, state = tx.update(
@@ -250,19 +253,21 @@ def test_momentum_solves_least_squares_sooner_than_minsr():
 
     with jax.enable_x64(True):
         minsr = error(ng.scale_by_minsr(0.1))
-        assert error(ng.scale_by_spring(0.9, 0.1)) < 0.3 * minsr < 0.3
-        assert error(ng.scale_by_march(0.9, damping=0.1)) < 0.3 * minsr
+        assert error(ng.scale_by_spring(0.9, 0.1)) < 0.4 * minsr < 0.4
+        assert error(ng.scale_by_march(0.9, damping=0.1)) < 0.4 * minsr
 
 
 @pytest.mark.parametrize("make", ALL)
 @pytest.mark.parametrize("devices", [1, 8])
 def test_bad_samples_count_as_absent(make, devices):
     data, spoiled = [], []
-    for scores, energy in batches(208, 10, steps=3):
-        bad_scores, bad_energy = scores.copy(), energy.copy()
-        bad_scores[3, 4], bad_energy[100] = np.nan, np.inf
-        spoiled.append((bad_scores, bad_energy))
-        data.append((np.delete(scores, (3, 100), 0), np.delete(energy, (3, 100))))
+    for i, (scores, energy) in enumerate(batches(104, 10, steps=3)):
+        data.append((np.delete(scores, 50, 0), np.delete(energy, 50)))
+        if i == 1:
+            scores[50, 4] = np.nan
+        else:
+            energy[50] = np.inf
+        spoiled.append((scores, energy))
     with jax.enable_x64(True):
         want, _ = follow(make(clip=1.0), data)
         with jax.set_mesh(mesh(devices)):
@@ -275,8 +280,10 @@ def test_bad_samples_count_as_absent(make, devices):
 @pytest.mark.parametrize("cause", ["scores", "energy", "overflow"])
 def test_bad_batches_change_nothing(make, cause):
     data = batches(100, 8, steps=3)
-    _, state = follow(make(), data)
-    scores, energy = (array.astype(np.float32) for array in data[0])
+    data = [tuple(array.astype(np.float32) for array in batch) for batch in data]
+    tx = make()
+    _, state = follow(tx, data)
+    scores, energy = (array.copy() for array in data[0])
     if cause == "scores":
         scores[[5, 6], 1] = np.inf
     elif cause == "energy":
@@ -284,13 +291,13 @@ def test_bad_batches_change_nothing(make, cause):
     else:
         scores *= 1e30
         energy *= 1e30
-    got, after = follow(make(), [(scores, energy)], state=state)
+    got, after = follow(tx, [(scores, energy)], state=state)
     np.testing.assert_array_equal(got, 0)
     chex.assert_trees_all_equal(after, state)
 
     scores, energy = data[0]
-    energy = np.where(np.arange(100) == 5, np.nan, energy)  # One per cent is accepted.
-    got, after = follow(make(), [(scores, energy)], state=state)
+    energy[5] = np.nan  # One per cent is accepted.
+    got, after = follow(tx, [(scores, energy)], state=state)
     assert np.isfinite(got).all()
     assert np.abs(got).max() > 0
 
@@ -306,7 +313,7 @@ def test_duplicated_samples_fall_back_to_eigenvalues(make):
 
     got, _ = follow(make(damping=1e-9), [(scores, energy)])
     want = np.linalg.pinv(rows.astype(np.float64), 1e-5) @ residual
-    np.testing.assert_allclose(got[0], want, atol=0.02 * np.abs(want).max())
+    np.testing.assert_allclose(got[0], want, atol=1e-4 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("size", [6, 20])
