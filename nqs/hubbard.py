@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
-from nqs.lattice import hubbard
 
 from common import mesh as meshes
 from common.errors import UserError, reject
@@ -34,6 +33,7 @@ from nqs import ansatz as wave
 from nqs import cost, evaluation, report
 from nqs.energy import local_energy
 from nqs.hops import hops
+from nqs.lattice import hubbard
 from nqs.sampler import sample, scatter
 from optim.build import variational
 
