@@ -50,7 +50,7 @@ class Checkpoints:
         """Copies `state` and writes it in the background."""
         with _disk(self.folder):
             self._manager.wait()  # A failed write is reported here, not lost.
-            mark = {"digest": int(digest(state)), "shapes": _described(state)}
+            mark = {"digest": int(digest(state)), "shapes": described(state)}
             self._manager.save_async(step, state, force=True, custom_metadata=mark)
 
     def wait(self) -> None:
@@ -73,7 +73,7 @@ class Checkpoints:
             saved, expected = mark["shapes"], mark["digest"]
         except Exception as error:
             raise self._damaged(step, error) from error
-        _compare(saved, _described(shapes), self.folder / str(step))
+        _compare(saved, described(shapes), self.folder / str(step))
         try:
             state = self._manager.load(step, shapes)
         except Exception as error:
@@ -120,7 +120,7 @@ def _words(leaf: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(leaf, small).astype(jnp.uint32)
 
 
-def _described(tree: Any) -> dict[str, str]:
+def described(tree: Any) -> dict[str, str]:
     """Path -> shape and dtype."""
     return {
         path: f"{leaf.dtype}{list(leaf.shape)}"

@@ -1,0 +1,1 @@
+"""One file per comparison: ours and a named peer, alternately, in one process."""

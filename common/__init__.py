@@ -1,0 +1,1 @@
+"""What several papers use: protocol, loop, checkpoints, mesh, metrics. Imports no paper."""

@@ -1,0 +1,1 @@
+"""Diffusion models and their optimal loss. Its system is not in this release yet."""

@@ -1,0 +1,1 @@
+"""The geometric diffusion bridge. Its system is not in this release yet."""

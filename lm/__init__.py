@@ -1,0 +1,1 @@
+"""Language models: AlphaDecay, masked diffusion, RELAY, precision. Not in this release yet."""

@@ -1,0 +1,1 @@
+"""Neural quantum states for the doped two-dimensional Hubbard model (arXiv:2507.02644)."""

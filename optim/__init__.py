@@ -1,0 +1,1 @@
+"""Gradient transformations for Optax, and nothing else."""

@@ -1,0 +1,1 @@
+"""LarvSeg, large-vocabulary segmentation. Its system is not in this release yet."""
