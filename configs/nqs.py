@@ -32,7 +32,11 @@ def get_config(size: str = "small"):
         n_det=2,
         mlp_hidden=256,
         mlp_layers=2,
+        embed_scale=1.0,
     )
+    # orbitals: random, or mean_field: the lowest Hartree-Fock determinants plus noise, in
+    # units of a random start.
+    config.start = dict(orbitals="mean_field", noise=0.1)
     # Each walker makes sweep_factor * N proposals per step.
     config.sampler = dict(n_walkers=512, sweep_factor=2.5, thermalize=20)
     # chunk: configurations per forward pass and device; clip: of local energies in the

@@ -13,6 +13,7 @@ Everything is real. Up modes come first, and a generalised determinant mixes bot
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from common.layers import stack
 from nqs.determinants import log_det_sum, occupied
 
 Params = Any
+RIDGE = 1e-4  # Of the regression that anchors a network, times its mean eigenvalue.
 
 
 class Ansatz(NamedTuple):
@@ -34,6 +36,8 @@ class Ansatz(NamedTuple):
       init: key -> params.
       log_psi: (params, x [2N]) -> (sign, log|psi|), scalars.
       orbitals: (params, x [2N]) -> M [K, 2N, N_e].
+      anchor: (params, x [n, 2N], M [K, 2N, N_e]) -> the part of the parameters, by name,
+        that makes the orbitals of configurations x nearest to the constant M.
       attention: (params, x [2N]) -> softmax weights [L, heads, N, N] from site to site,
         or None where there is no attention.
     """
@@ -41,6 +45,7 @@ class Ansatz(NamedTuple):
     init: Callable
     log_psi: Callable
     orbitals: Callable
+    anchor: Callable
     attention: Callable | None = None
 
 
@@ -55,6 +60,7 @@ def build(
     n_det: int,
     mlp_hidden: int,
     mlp_layers: int,
+    embed_scale: float = 1.0,
     dtype: str = "float32",
     linalg: str = "float64",
 ) -> Ansatz:
@@ -64,6 +70,8 @@ def build(
       name: transformer, nnb, tensor or slater.
       d_model, n_heads, n_layers: of the transformer.
       n_det: K.
+      embed_scale: of the token embeddings at the start; the released code has 1. The
+        smaller, the less the orbitals depend on the configuration before training.
       mlp_hidden, mlp_layers: of the perceptron.
       dtype: of parameters and network.
       linalg: of determinants and their sum.
@@ -73,7 +81,9 @@ def build(
     """
     shape = (n_det, 2 * n_sites, n_electrons)
     known = {
-        "transformer": lambda: _transformer(shape, d_model, n_heads, n_layers, dtype),
+        "transformer": lambda: _transformer(
+            shape, d_model, n_heads, n_layers, embed_scale, dtype
+        ),
         "nnb": lambda: _nnb(shape, mlp_hidden, mlp_layers, dtype),
         "tensor": lambda: _tensor(shape, dtype),
         "slater": lambda: _slater(shape, dtype),
@@ -82,13 +92,13 @@ def build(
         raise reject("ansatz.name", name, f"one of {', '.join(known)}")
     if n_det < 1:
         raise reject("ansatz.n_det", n_det, "a whole number from 1 up")
-    init, orbitals, attention = known[name]()
+    init, orbitals, anchor, attention = known[name]()
 
     def log_psi(params: Params, x: Int[Array, " modes"]):
         rows = orbitals(params, x)[:, occupied(x, n_electrons), :]
         return log_det_sum(rows.astype(linalg))
 
-    return Ansatz(init, log_psi, orbitals, attention)
+    return Ansatz(init, log_psi, orbitals, anchor, attention)
 
 
 def tokens(x: Int[Array, " modes"]) -> Int[Array, " sites"]:
@@ -126,11 +136,13 @@ class Block(nn.Module):
         return attention if weights else z
 
 
-def _transformer(shape, d, n_heads, n_layers, dtype):
+def _transformer(shape, d, n_heads, n_layers, embed_scale, dtype):
     if n_heads < 1 or d % n_heads:
         raise reject("ansatz.n_heads", n_heads, f"a divisor of d_model = {d}")
     if n_layers < 0:
         raise reject("ansatz.n_layers", n_layers, "a whole number from 0 up")
+    if not 0 < embed_scale < float("inf"):
+        raise reject("ansatz.embed_scale", embed_scale, "a finite number above 0")
     n_det, n_modes, n_electrons = shape
     n_sites = n_modes // 2
     block = Block(n_heads, dtype)
@@ -147,7 +159,7 @@ def _transformer(shape, d, n_heads, n_layers, dtype):
         embed, place, blocks, last = jax.random.split(key, 4)
         x = jnp.zeros((n_sites, d), dtype)
         return {
-            "embed": _unit(embed, (4, d), dtype),
+            "embed": embed_scale * _unit(embed, (4, d), dtype),
             "place": _unit(place, (n_sites, d), dtype),
             "blocks": init_blocks(blocks, x),
             "head": head.init(last, x)["params"],
@@ -157,9 +169,16 @@ def _transformer(shape, d, n_heads, n_layers, dtype):
         # A product, not a gather: its gradient is a product too, and not a scatter.
         return jax.nn.one_hot(tokens(x), 4, dtype=dtype) @ params["embed"] + params["place"]
 
+    def features(params, x):
+        return apply_blocks(params["blocks"], embedded(params, x))
+
+    def anchor(params, x, m):
+        h = jax.lax.map(partial(features, params), x, batch_size=64)
+        target = m.reshape(n_det, 2, n_sites, n_electrons).transpose(2, 1, 0, 3)
+        return {"head": _regression(h, target.reshape(n_sites, -1))}
+
     def orbitals(params, x):
-        h = apply_blocks(params["blocks"], embedded(params, x))
-        rows = head.apply({"params": params["head"]}, h)
+        rows = head.apply({"params": params["head"]}, features(params, x))
         # [N, spin, K, N_e] -> [K, spin * N, N_e]: up rows first.
         rows = rows.reshape(n_sites, 2, n_det, n_electrons)
         return rows.transpose(2, 1, 0, 3).reshape(shape)
@@ -171,7 +190,7 @@ def _transformer(shape, d, n_heads, n_layers, dtype):
 
         return jax.lax.scan(body, embedded(params, x), params["blocks"])[1]
 
-    return init, orbitals, attention if n_layers else None
+    return init, orbitals, anchor, attention if n_layers else None
 
 
 def _nnb(shape, hidden, layers, dtype):
@@ -199,7 +218,11 @@ def _nnb(shape, hidden, layers, dtype):
             h = nn.silu(layer.apply({"params": params[f"layer{i}"]}, h))
         return head.apply({"params": params["head"]}, h).reshape(shape)
 
-    return init, orbitals, None
+    def anchor(params, x, m):
+        kernel = jnp.zeros_like(params["head"]["kernel"])
+        return {"head": {"kernel": kernel, "bias": m.ravel().astype(dtype)}}
+
+    return init, orbitals, anchor, None
 
 
 def _tensor(shape, dtype):
@@ -217,11 +240,34 @@ def _tensor(shape, dtype):
         )
         return chosen.reshape(shape)
 
-    return init, orbitals, None
+    def anchor(params, x, m):
+        rows = m.reshape(n_det, 2, n_sites, n_electrons).transpose(2, 0, 1, 3)
+        return {"table": jnp.broadcast_to(rows.astype(dtype), params["table"].shape)}
+
+    return init, orbitals, anchor, None
 
 
 def _slater(shape, dtype):
     def init(key):
         return {"orbitals": jax.random.normal(key, shape, dtype)}
 
-    return init, lambda params, x: params["orbitals"], None
+    def anchor(params, x, m):
+        return {"orbitals": m.astype(dtype)}
+
+    return init, lambda params, x: params["orbitals"], anchor, None
+
+
+def _regression(h: Float[Array, "samples sites d"], target: Float[Array, "sites o"]) -> dict:
+    """The dense layer that maps features to a target by site, in least squares."""
+    wide = jnp.result_type(float)
+    flat = h.reshape(-1, h.shape[-1]).astype(wide)
+    wanted = jnp.tile(target.astype(wide), (len(h), 1))
+    center, offset = flat.mean(axis=0), wanted.mean(axis=0)
+    rows = flat - center
+    square = rows.T @ rows / len(rows)
+    # Enough to keep the solution from growing where features hardly vary.
+    ridge = RIDGE * jnp.trace(square) / len(square)
+    right = rows.T @ (wanted - offset) / len(rows)
+    kernel = jnp.linalg.solve(square + ridge * jnp.eye(len(square)), right)
+    cast = lambda a: a.astype(h.dtype)
+    return {"kernel": cast(kernel), "bias": cast(offset - center @ kernel)}

@@ -30,7 +30,7 @@ from common import mesh as meshes
 from common.errors import UserError, reject
 from common.experiment import Experiment
 from nqs import ansatz as wave
-from nqs import cost, evaluation, report
+from nqs import cost, evaluation, report, start
 from nqs.energy import local_energy
 from nqs.hops import hops
 from nqs.lattice import hubbard
@@ -66,9 +66,9 @@ def make(config) -> Experiment:
     n_walkers = config.sampler.n_walkers
 
     def init(key):
-        start, walk, params = jax.random.split(key, 3)
-        params = psi.init(params)
-        walkers = scatter(start, n_walkers, system.n_sites, system.n_up, system.n_dn)
+        scattered, walk, weights = jax.random.split(key, 3)
+        params = start.parameters(system, psi, weights, **config.start)
+        walkers = scatter(scattered, n_walkers, system.n_sites, system.n_up, system.n_dn)
         walkers = parts.walk(params, walkers, walk, config.sampler.thermalize)
         return State(params, tx.init(params), walkers)
 
