@@ -20,6 +20,12 @@ def start(x64: bool) -> None:
     """
     os.environ["JAX_ENABLE_X64"] = "1" if x64 else "0"
     os.environ["NETKET_SHARDING"] = "0"  # Else NetKet replaces the mesh.
+    # JAX calls LAPACK on the CPU, and its small factorisations wait for OpenBLAS's threads
+    # a hundred times longer than they compute when a core is busy with something else.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # With several CPU devices on few cores XLA 0.10 waits for ever in a batched LU within a
+    # loop (two devices, two cores, 2048 matrices each); a larger pool of threads does not.
+    os.environ.setdefault("PJRT_NPROC", str(max(8, os.cpu_count() or 1)))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache is None:
         cache = str(Path.home() / ".cache" / "tenfold" / "xla")

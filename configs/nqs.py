@@ -13,7 +13,7 @@ from configs.base import at_size, base
 def get_config(size: str = "small"):
     config = base("nqs.hubbard")
     config.x64 = True
-    config.steps = 500
+    config.steps = 250
     config.log_every = 5
     config.save_every = 50
     config.n_seeds = 3
@@ -29,10 +29,10 @@ def get_config(size: str = "small"):
         d_model=32,
         n_heads=4,
         n_layers=2,
-        n_det=2,
+        n_det=8,
         mlp_hidden=256,
         mlp_layers=2,
-        embed_scale=1.0,
+        embed_scale=0.3,
     )
     # orbitals: random, or mean_field: the lowest Hartree-Fock determinants plus noise, in
     # units of a random start.
@@ -48,16 +48,16 @@ def get_config(size: str = "small"):
         name="march",
         mu=0.95,
         beta=0.995,
-        damping=1e-3,
+        damping=1e-2,
         eps=1e-3,
         normalize_v=True,
         difference="raw",  # or momentum
         decay="sum",  # or ema
         preconditioner="sqrt",  # or quarter
-        max_norm=0.316,
+        max_norm=0.2,
         norm_mode="cap",  # or fixed
-        decay_start=200,
-        decay_scale=100.0,
+        decay_start=100,
+        decay_scale=50.0,
         warmup=10,
         learning_rate=1e-3,  # of adam and sgd alone
     )

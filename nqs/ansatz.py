@@ -137,6 +137,8 @@ class Block(nn.Module):
 
 
 def _transformer(shape, d, n_heads, n_layers, embed_scale, dtype):
+    if d < 1:
+        raise reject("ansatz.d_model", d, "a whole number from 1 up")
     if n_heads < 1 or d % n_heads:
         raise reject("ansatz.n_heads", n_heads, f"a divisor of d_model = {d}")
     if n_layers < 0:
@@ -266,7 +268,7 @@ def _regression(h: Float[Array, "samples sites d"], target: Float[Array, "sites 
     rows = flat - center
     square = rows.T @ rows / len(rows)
     # Enough to keep the solution from growing where features hardly vary.
-    ridge = RIDGE * jnp.trace(square) / len(square)
+    ridge = RIDGE * jnp.trace(square) / len(square) + jnp.finfo(wide).tiny ** 0.5
     right = rows.T @ (wanted - offset) / len(rows)
     kernel = jnp.linalg.solve(square + ridge * jnp.eye(len(square)), right)
     cast = lambda a: a.astype(h.dtype)

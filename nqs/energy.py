@@ -41,7 +41,7 @@ def local_energy(
     mask = hop.allowed(h, x)
     n = mask.size
     if not n:  # One site has no bonds.
-        return hop.diagonal(h, x), jnp.zeros(len(x), jnp.int32)
+        return _marked(hop.diagonal(h, x), log), jnp.zeros(len(x), jnp.int32)
     chunk = min(chunk, n)
     listed = -(-n // chunk) * chunk  # Room for all of them: never too short.
     packed = jnp.nonzero(mask.ravel(), size=listed, fill_value=n)[0].astype(jnp.int32)
@@ -71,9 +71,8 @@ def local_energy(
     first = 0 * count
     _, terms = jax.lax.while_loop(more, evaluate, (first, terms))
     kinetic = terms.reshape(mask.shape).sum(axis=1)
-    energy = hop.diagonal(h, x) + kinetic
-    # With psi(x) = 0 no ratio exists, not even where no hop is allowed.
-    return jnp.where(jnp.isfinite(log), energy, jnp.nan), mask.sum(axis=1, dtype=jnp.int32)
+    energy = _marked(hop.diagonal(h, x) + kinetic, log)
+    return energy, mask.sum(axis=1, dtype=jnp.int32)
 
 
 def local_energy_padded(
@@ -87,6 +86,8 @@ def local_energy_padded(
     """The same by evaluating every hop of every walker: the plain way, for comparison."""
     mask = hop.allowed(h, x)
     wide = jnp.result_type(float)
+    if not mask.size:
+        return _marked(hop.diagonal(h, x), log), jnp.zeros(len(x), jnp.int32)
 
     def one(pair):
         walker, chosen = pair
@@ -100,5 +101,10 @@ def local_energy_padded(
 
     walkers, chosen = jnp.meshgrid(jnp.arange(len(x)), jnp.arange(len(h.source)), indexing="ij")
     terms = jax.lax.map(one, (walkers.ravel(), chosen.ravel()), batch_size=chunk)
-    energy = hop.diagonal(h, x) + terms.reshape(mask.shape).sum(axis=1)
-    return jnp.where(jnp.isfinite(log), energy, jnp.nan), mask.sum(axis=1, dtype=jnp.int32)
+    energy = _marked(hop.diagonal(h, x) + terms.reshape(mask.shape).sum(axis=1), log)
+    return energy, mask.sum(axis=1, dtype=jnp.int32)
+
+
+def _marked(energy, log):
+    """Not a number where psi(x) = 0: no ratio exists, not even where no hop is allowed."""
+    return jnp.where(jnp.isfinite(log), energy, jnp.nan)

@@ -80,15 +80,13 @@ def make(config) -> Experiment:
             state.params, state.opt, state.params, scores=scores, local_energy=e
         )
         params = optax.apply_updates(state.params, updates)
-        figures = found | {"update_norm": optax.tree.norm(updates)}
-        return State(params, opt, x), figures
+        # The optimizer leaves out a walker whose energy or whose score is not a number.
+        good = jnp.isfinite(e) & jnp.isfinite(scores).all(axis=1)
+        more = {"bad_samples": jnp.sum(~good), "update_norm": optax.tree.norm(updates)}
+        return State(params, opt, x), found | more
 
     def adopt(fresh, donor):
-        same = [
-            jax.tree.map(lambda a: a.shape, tree)
-            for tree in ((fresh.params, fresh.walkers), (donor.params, donor.walkers))
-        ]
-        if same[0] != same[1]:
+        if _kind(fresh) != _kind(donor):
             raise reject(
                 "init_from",
                 config.init_from,
@@ -107,6 +105,13 @@ def make(config) -> Experiment:
         headline=partial(report.headline, system),
         cost=partial(cost.flops, config, system),
     )
+
+
+def _kind(state: State) -> tuple:
+    """What two states must share to exchange parameters and walkers."""
+    shapes = jax.tree.map(lambda a: a.shape, (state.params, state.walkers))
+    up, down = jnp.split(state.walkers[0], 2)
+    return jax.tree.leaves(shapes), int(up.sum()), int(down.sum())
 
 
 class Pieces(NamedTuple):
@@ -156,6 +161,7 @@ def pieces(config, system, psi: wave.Ansatz) -> Pieces:
         return jax.lax.map(partial(score, params), x, batch_size=batch)
 
     walkers, moves = P("data"), P(None, "data")
+    # Called when traced, within the mesh in use; there is none yet when pieces are made.
     split = meshes.over_data
 
     def walk(params, x, key, sweeps):
@@ -168,7 +174,10 @@ def pieces(config, system, psi: wave.Ansatz) -> Pieces:
         x, e, accepted, connected = run(params, x, u)
         return x, e, figures(e, accepted, connected)
 
-    return Pieces(walk, walk_and_measure, split(scored, (P(), walkers), walkers))
+    def scores(params, x):
+        return split(scored, (P(), walkers), walkers)(params, x)
+
+    return Pieces(walk, walk_and_measure, scores)
 
 
 def figures(e: jax.Array, accepted: jax.Array, connected: jax.Array) -> dict:
@@ -206,7 +215,7 @@ def _check(config) -> None:
             raise reject(f"{group}.thermalize", config[group].thermalize, "0 or more")
     if config.eval.blocks < 8:
         raise reject("eval.blocks", config.eval.blocks, "at least 8, for an error bar")
-    if not config.eloc.clip >= 0:
+    if not 0 <= config.eloc.clip < float("inf"):
         raise reject("eloc.clip", config.eloc.clip, "a number from 0 (no clipping) up")
     for field in ("net", "linalg"):
         kind = config.precision[field]

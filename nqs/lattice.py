@@ -144,6 +144,8 @@ def _bonds(shape, boundary, t, tp):
             "model.tp: on a lattice two sites wide diagonals coincide; each counts once.",
             stacklevel=4,
         )
+    if tp and min(shape) == 1:
+        warnings.warn("model.tp: a chain has no diagonals; t' does nothing.", stacklevel=4)
     pairs = np.array(list(found), np.int32).reshape(-1, 2)
     return pairs, np.array(list(found.values()), float)
 

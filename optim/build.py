@@ -61,7 +61,9 @@ def variational(
         length = decayed_norm(max_norm, decay_start, decay_scale, warmup)
         return optax.chain(natural[name](), scale_by_norm_constraint(length, norm_mode))
     if name in plain:
-        if not learning_rate > 0:
-            raise reject("optim.learning_rate", learning_rate, "a number above 0")
-        return optax.chain(ng.energy_gradient(clip=cut), plain[name](learning_rate))
+        if not 0 < learning_rate < float("inf"):
+            raise reject("optim.learning_rate", learning_rate, "a finite number above 0")
+        return optax.chain(
+            ng.energy_gradient(clip=cut, dtype=linalg), plain[name](learning_rate)
+        )
     raise reject("optim.name", name, f"one of {', '.join([*natural, *plain])}")

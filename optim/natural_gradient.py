@@ -122,7 +122,7 @@ def gram(
     good: Bool[Array, " samples"],
     *,
     axis: str = "data",
-    block: int = 4096,
+    block: int = 2048,
 ) -> Float[Array, "samples samples"]:
     """(O − mean) diag(weights) (O − mean)ᵀ in the dtype of `weights`, on every device.
 
@@ -190,7 +190,7 @@ class _Batch(NamedTuple):
     usable: Array  # at most 1 % are bad
 
 
-def _solver(damping, clip=None, axis="data", dtype=None, block=4096):
+def _solver(damping, clip=None, axis="data", dtype=None, block=2048):
     _require("damping", damping, 0 < damping < jnp.inf, "finite and above 0")
     _require("clip", clip, clip is None or 0 < clip < jnp.inf, "above 0, or None")
     _require("block", block, block >= 1, "at least 1")

@@ -32,7 +32,7 @@ def scale_by_norm_constraint(
     if not callable(max_norm):
         _positive("max_norm", max_norm)
     if mode not in ("cap", "fixed"):
-        raise reject("optim.mode", mode, "'cap' or 'fixed'")
+        raise reject("optim.norm_mode", mode, "'cap' or 'fixed'")
 
     def update(updates, state, params=None, **extra):
         limit = max_norm(state.count) if callable(max_norm) else max_norm

@@ -72,7 +72,7 @@ def test_schedule_of_the_paper():
     [
         (lambda: scale_by_norm_constraint(0.0), "max_norm"),
         (lambda: scale_by_norm_constraint(float("nan")), "max_norm"),
-        (lambda: scale_by_norm_constraint(1.0, "clip"), "mode"),
+        (lambda: scale_by_norm_constraint(1.0, "clip"), "norm_mode"),
         (lambda: decayed_norm(-1.0, 1, 1), "max_norm"),
         (lambda: decayed_norm(1.0, 1, 0), "decay_scale"),
         (lambda: decayed_norm(1.0, -1, 1), "decay_start"),
