@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAPERS = {"nqs", "diffusion", "lm", "geometry", "vision"}
+PAPERS = ("nqs", "diffusion", "lm", "geometry", "vision")
 MAY = {
     "configs": {"configs"},
     "common": {"common"},
