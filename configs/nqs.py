@@ -67,8 +67,9 @@ def get_config(size: str = "small"):
 
     four = dict(
         lattice=dict(Lx=4, Ly=4, bc_y="periodic"),
-        ansatz=dict(d_model=64, n_layers=2, n_det=2),
-        steps=1500,
+        optim=dict(max_norm=0.4, decay_start=500, decay_scale=300.0),
+        steps=2000,
+        save_every=100,
         n_seeds=1,
     )
     sizes = dict(

@@ -29,8 +29,14 @@ def final(workdir: Path):
     (each,) = runner.variants(config).values()
     each.mesh.data = 1
     with jax.enable_x64(True):
-        state = runner.load(runner.make(each), each, workdir / "seed0", "seed0").state()
+        made = runner.make(each)
+    # For all threads: Orbax has its own, which the context manager would not reach.
+    jax.config.update("jax_enable_x64", True)
+    try:
+        state = runner.load(made, each, workdir / "seed0", "seed0").state()
         return jax.tree.map(np.asarray, state)
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def same(one: Path, other: Path) -> None:
