@@ -68,7 +68,7 @@ def get_config(size: str = "small"):
     four = dict(
         lattice=dict(Lx=4, Ly=4, bc_y="periodic"),
         optim=dict(max_norm=0.4, decay_start=500, decay_scale=300.0),
-        steps=2000,
+        steps=1200,
         save_every=100,
         n_seeds=1,
     )
@@ -100,7 +100,13 @@ def get_config(size: str = "small"):
             ansatz=dict(d_model=256, n_layers=4, n_det=4),
             sampler=dict(n_walkers=4096, thermalize=50),
             eloc=dict(chunk=1024, score_chunk=64),
-            optim=dict(decay_start=8000, decay_scale=8000.0, warmup=50),
+            optim=dict(
+                damping=1e-3,
+                max_norm=0.316,
+                decay_start=8000,
+                decay_scale=8000.0,
+                warmup=50,
+            ),
             eval=dict(blocks=256, thermalize=50),
         ),
     )
