@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: saved whole or not at all, checked when read, on any mesh."""
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from common.errors import UserError
 
 FULL = ("No space left", "quota exceeded", "File too large", "Read-only file system")
 ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+# What Orbax and TensorStore raise for files that are missing, torn or not theirs.
+DAMAGE = (OSError, LookupError, ValueError, TypeError, EOFError, MemoryError)
 
 
 class Checkpoints:
@@ -20,7 +24,8 @@ class Checkpoints:
 
     Args:
       folder: made if absent; holds one subfolder per step.
-      keep: how many of the newest stay.
+      keep: how many of the newest stay; 0 to only read. A writer removes what a killed
+        one left half written, so there may be only one; a reader touches nothing.
     """
 
     def __init__(self, folder: Path, keep: int = 1):
@@ -28,8 +33,8 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         self._manager = ocp.training.Checkpointer(
             self.folder,
-            preservation_policy=policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
+            cleanup_tmp_directories=keep > 0,
         )
 
     def __enter__(self):
@@ -65,22 +70,35 @@ class Checkpoints:
           shapes: `ShapeDtypeStruct`s with today's shardings, as `mesh.place` makes.
 
         Raises:
-          UserError: the checkpoint belongs to another model, or is damaged; the
-            sentence says what to do.
+          UserError: the checkpoint belongs to another model, is damaged, or cannot be
+            read at all; the sentence says what to do.
         """
         try:
             mark = self._manager.metadata(step).custom_metadata
             saved, expected = mark["shapes"], mark["digest"]
-        except Exception as error:
-            raise self._damaged(step, error) from error
+        except DAMAGE as error:
+            raise self._unusable(step, error) from error
         _compare(saved, described(shapes), self.folder / str(step))
         try:
             state = self._manager.load(step, shapes)
-        except Exception as error:
-            raise self._damaged(step, error) from error
+        except DAMAGE as error:
+            raise self._unusable(step, error) from error
         if int(digest(state)) != expected:
             raise self._damaged(step, "its contents do not match its digest")
         return state
+
+    def _unusable(self, step: int, error: Exception) -> UserError:
+        """What a failed read means: damage, or a disk that cannot be read. No memory is
+        neither, and raised again."""
+        for each in _chain(error):
+            if isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED" in str(each):
+                raise error
+            for number in UNREADABLE:
+                reason = os.strerror(number)
+                # TensorStore has the reason in its text only.
+                if getattr(each, "errno", None) == number or reason in str(each):
+                    return UserError(f"Cannot read {self.folder / str(step)}: {reason}.")
+        return self._damaged(step, error)
 
     def _damaged(self, step: int, why: Any) -> UserError:
         older = [s for s in self.steps() if s < step]
@@ -162,13 +180,19 @@ class _disk:
 
 def disk_error(error: BaseException | None) -> str | None:
     """What is wrong with the disk, if that is what an exception is about."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in ERRNOS:
-            return error.strerror
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno in ERRNOS:
+            return each.strerror
         for sign in FULL:
-            if sign.lower() in str(error).lower():
+            if sign.lower() in str(each).lower():
                 return sign
-        error = error.__cause__ or error.__context__
     return None
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An exception, what caused it, what caused that."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found

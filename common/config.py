@@ -71,8 +71,15 @@ def override(config: ConfigDict, field: str, text: str) -> None:
                 f"field {field.split('.')[i + 1]!r}."
             )
     old = _child(node, name, parents)
+    if field == "size":
+        raise UserError(
+            "config.size cannot be set: say the size after the colon, "
+            f"--config=configs/NAME.py:{text}."
+        )
     if isinstance(old, ConfigDict):
-        raise UserError(f"config.{field} is a group; set one of its fields: {', '.join(old)}.")
+        fields = f"set one of its fields: {', '.join(old)}"
+        way = fields if old else "it is empty here and filled in the config file only"
+        raise UserError(f"config.{field} is a group; {way}.")
     with node.ignore_type():
         node[name] = _typed(field, text, old)
 
@@ -90,6 +97,23 @@ def apply(config: ConfigDict, changes: Any, prefix: str = "") -> None:
             apply(config, value, f"{field}.")
         else:
             override(config, field, value if isinstance(value, str) else repr(value))
+
+
+def read(path: Path) -> dict:
+    """The fields in a workdir's `config.json`.
+
+    Raises:
+      UserError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"The file {path} is damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"The file {path} is damaged: it holds no fields.")
+    return found
 
 
 def differences(new: ConfigDict, old: dict) -> list[str]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from common import mesh as meshes
-from common import metrics, runtime
+from common import metrics, pod, runtime
 from common.checkpoint import Checkpoints
 from common.errors import UserError
 from common.experiment import Experiment
@@ -61,20 +61,24 @@ def train(
       experiment: what to train.
       config: this run's; uses seed, steps, the intervals, keep and mesh.
       folder: gets metrics.jsonl, timing.json and checkpoints/.
-      stop: asked after every step.
+      stop: asked after every step. The host is never more than two steps ahead of the
+        device, so a signal is answered within about two steps.
       donor: host function returning another run's state, for `experiment.adopt`.
 
     Raises:
       NotFinite: a metric is not finite; nothing after the last good step is kept.
       UserError: the checkpoint or the disk cannot be used.
       SystemExit: 143 after SIGTERM, saved.
+
+    What is decided from files is the first process's decision, as hosts may not see the
+    same files at the same time.
     """
+    clock = _Clock()
     mesh = meshes.make(**config.mesh)
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.keep) as saved:
         placed = shapes(experiment, mesh)
-        done = saved.steps()
-        start = done[-1] if done else 0
-        if done:
+        start = pod.agreed(max(saved.steps(), default=0))
+        if start:
             state = saved.restore(start, placed)
         else:
             state = _fresh(experiment, keys(config.seed).init, placed, donor)
@@ -82,8 +86,8 @@ def train(
         work = _Work(experiment, config, folder, mesh, saved, log, stop)
         try:
             if start < config.steps:
-                state = work.run(state, placed, start)
-            if _last_evaluation_missing(experiment, log.rows, max(start, config.steps)):
+                state = work.run(state, placed, start, clock)
+            if _evaluation_missing(experiment, log.rows, max(start, config.steps)):
                 work.evaluate(state, max(start, config.steps))
         finally:
             log.close()
@@ -98,29 +102,34 @@ class _Work:
         self.keys = keys(config.seed)
         self.good = None  # The newest checkpoint made here.
 
-    def run(self, state, placed, start):
+    def run(self, state, placed, start, clock):
         config, experiment = self.config, self.experiment
-        if start and _evaluation_due(config, experiment, start, self.log.rows):
-            self.evaluate(state, start)
+        due = start and _evaluation_due(config, experiment, start)
+        if due and _evaluation_missing(experiment, self.log.rows, start):
+            self.evaluate(state, start)  # It was killed between checkpoint and row.
         step = stepper(experiment, placed)
         progress = Progress(self.folder.name, start, config.steps)
-        clock = _Clock(start)
-        pending = None
+        clock.start = start
+        pending = before = None
         with self.stop.after_step():
             batch = self._batch(start)
             for number in range(start, config.steps):
                 state, values = step(state, batch, self.keys.step, jnp.uint32(number))
                 done = number + 1
-                # The device now works on this step; the host reads the one before
-                # and makes the next one's batch.
+                # The device now works on this step; the host makes the next one's batch
+                # and reads the step before.
+                if done < config.steps:
+                    batch = self._batch(done)
+                # This step stays queued: no pause for the device, and no long line of
+                # steps that a signal or an error would have to wait for.
+                jax.block_until_ready(before)
+                before = values
                 if pending:
                     self._record(pending, progress)
                     pending = None
-                if done < config.steps:
-                    batch = self._batch(done)
                 clock.tick(done, values)
                 progress.step(done)
-                leave = self.stop.requested(done)
+                leave = self.stop.requested()
                 last = done == config.steps
                 logged = done % config.log_every == 0 or last
                 if logged:
@@ -137,7 +146,7 @@ class _Work:
                     self.saved.wait()
                     _say(f"Saved step {done}; the same command continues from there.")
                     raise SystemExit(leave)
-                if not last and _evaluation_due(config, experiment, done, []):
+                if not last and _evaluation_due(config, experiment, done):
                     if pending:
                         self._record(pending, progress)
                         pending = None
@@ -185,17 +194,21 @@ class _Work:
 class _Clock:
     """How long things took; kept apart from the metrics, which must repeat exactly."""
 
-    def __init__(self, start: int):
-        self.start = start
+    measured_command = False  # The time since the command began tells of one run only.
+
+    def __init__(self):
         self.began = time.monotonic()
-        self.first = None
-        self.warm = None
+        self.start = 0  # The step that `run` begins after.
+        self.first = self.from_command = self.warm = None
 
     def tick(self, done: int, values: Any) -> None:
         if done == self.start + 1:
             jax.block_until_ready(values)
-            self.first = runtime.elapsed()
             self.warm = time.monotonic()
+            self.first = self.warm - self.began
+            if not _Clock.measured_command:
+                self.from_command = runtime.elapsed()
+                _Clock.measured_command = True
         self.done, self.values = done, values
 
     def write(self, path: Path, compilations: int) -> None:
@@ -205,7 +218,8 @@ class _Clock:
         device = jax.local_devices()[0]
         stats = device.memory_stats() or {}
         found = {
-            "seconds_from_command_to_first_step": self.first,
+            "seconds_from_command_to_first_step": self.from_command,
+            "seconds_to_first_step": self.first,
             "seconds_in_all": time.monotonic() - self.began,
             "steps_per_second": after / seconds if after else None,
             "steps_timed": after,
@@ -231,17 +245,16 @@ def _fresh(experiment, key, placed, donor):
     return jax.device_put(experiment.adopt(state, donor()), shardings)
 
 
-def _evaluation_due(config, experiment, done, rows):
+def _evaluation_due(config, experiment, done):
     every = config.eval_every
-    if experiment.evaluate is None or not every or done % every:
-        return False
-    return not any(r["step"] == done and r["split"] == "eval" for r in rows)
+    return experiment.evaluate is not None and every > 0 and done % every == 0
 
 
-def _last_evaluation_missing(experiment, rows, step):
+def _evaluation_missing(experiment, rows, step):
     if experiment.evaluate is None:
         return False
-    return not any(r["step"] == step and r["split"] == "eval" for r in rows)
+    there = any(r["step"] == step and r["split"] == "eval" for r in rows)
+    return bool(pod.agreed(not there))
 
 
 def _say(text: str) -> None:

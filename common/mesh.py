@@ -86,7 +86,7 @@ def over_data(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
     Replicated arguments are marked as varying inside, so that `jax.grad` within the
     function is each device's own: unmarked, it would be summed over the devices.
     """
-    if not current("data") or jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return function
 
     def local(*arguments):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from common import aot, loop, metrics
@@ -20,6 +19,7 @@ from common import mesh as meshes
 from common.checkpoint import Checkpoints, disk_error
 from common.errors import UserError, reject
 from common.experiment import Experiment, Run
+from common.pod import barrier, first
 from common.stop import Stop
 
 
@@ -42,6 +42,8 @@ def main(config, workdir: str, do: str, given: str, overrides: tuple) -> int:
             raise
         print(f"error: Cannot use {workdir}: {reason}.", file=sys.stderr)
         return _leave(2)
+    except KeyboardInterrupt:
+        return _leave(130)
     except Exception:
         if jax.process_count() == 1:
             raise
@@ -64,13 +66,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
     _check_shared(config)
     stop = Stop()
     todo = variants(config)
-    made = {name: make(each) for name, each in todo.items()}  # Mistakes come first.
+    # Mistakes come first: after this the workdir belongs to the config.
+    made = {name: make(each) for name, each in todo.items()}
+    for i, (name, each) in enumerate(todo.items()):
+        _check_mesh(made[name], each)
+        _check_donor(made[name], each, workdir, list(todo)[:i])
     with _Workdir(workdir, config):
         for name, each in todo.items():
             folder = workdir / name
-            _first(lambda f=folder, c=each: _settle(f, c))
-            donor = _donor(each, workdir)
-            loop.train(made[name], each, folder, stop, donor)
+            first(lambda f=folder, c=each: _settle(f, c))
+            loop.train(made[name], each, folder, stop, _donor(each, workdir))
+            if code := stop.requested():
+                raise SystemExit(code)
         report(made, todo, workdir)
 
 
@@ -105,7 +112,7 @@ def report(made: dict, todo: dict, workdir: Path) -> None:
     first = next(iter(made.values()))
     if first.report is None:
         return
-    _barrier("report")
+    barrier("report")
     runs = {name: load(made[name], todo[name], workdir / name, name) for name in made}
     with tempfile.TemporaryDirectory() as scratch:
         leader = jax.process_index() == 0
@@ -121,7 +128,7 @@ def report(made: dict, todo: dict, workdir: Path) -> None:
                 f"figures: {workdir / 'figures'}.",
                 flush=True,
             )
-    _barrier("done")
+    barrier("done")
 
 
 def load(experiment: Experiment, config: Any, folder: Path, name: str, given: str = "") -> Run:
@@ -130,7 +137,7 @@ def load(experiment: Experiment, config: Any, folder: Path, name: str, given: st
 
     def state():
         mesh = meshes.make(**config.mesh)
-        with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.keep) as c:
+        with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep=0) as c:
             if not c.steps():
                 raise UserError(f"There is no checkpoint in {folder}.")
             return c.restore(c.steps()[-1], loop.shapes(experiment, mesh))
@@ -151,10 +158,13 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
     The settings are those of the workdir, changed only by what stands on this command
     line. `compile` needs no run: it compiles the step and prints what it would cost.
     """
-    Stop()
+    if jax.process_count() == 1:
+        Stop()  # A signal ends the program without a traceback.
     if do == "compile":
         _check_shared(config)
-        print(aot.describe(aot.compile_step(make(config), config)))
+        experiment = make(config)
+        _check_mesh(experiment, config)
+        print(aot.describe(aot.compile_step(experiment, config)))
         return
     # The experiment's own list first: a misspelt action matters more than a missing run.
     known = make(config).actions
@@ -163,18 +173,19 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
         raise UserError(f"There is no action {do!r}; this experiment has {names}.")
     if not (workdir / "config.json").exists():
         raise UserError(f"There is no finished run in {workdir}; train one first.")
-    config = configs.restore(config, json.loads((workdir / "config.json").read_text()))
+    config = configs.restore(config, configs.read(workdir / "config.json"))
     for field, text in overrides:
         configs.override(config, field, text)
     _check_shared(config)
     parts = []
     for name, each in variants(config).items():
         experiment = make(each)
+        _check_mesh(experiment, each)
         folder = workdir / name
         if not (folder / "checkpoints").exists():
             raise UserError(f"The run {folder} has no checkpoint; train it first.")
         target = workdir / do / name
-        _first(lambda f=target: f.mkdir(parents=True, exist_ok=True))
+        first(lambda f=target: f.mkdir(parents=True, exist_ok=True))
         with jax.set_mesh(meshes.make(**each.mesh)):
             text = experiment.actions[do](load(experiment, each, folder, name, given), target)
         parts.append(f"# {do}: {name}\n\n{text.strip()}\n")
@@ -192,7 +203,7 @@ class _Workdir:
         self._lock = None
 
     def __enter__(self):
-        _first(self._prepare)
+        first(self._prepare)
         return self
 
     def __exit__(self, *error):
@@ -214,30 +225,43 @@ class _Workdir:
             raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"Another process is at work in {folder}.") from error
+        except OSError as error:  # Some network file systems have no locks.
+            print(
+                f"warning: {folder} cannot be locked ({error.strerror}); start no second "
+                "command in it.",
+                file=sys.stderr,
+            )
         _settle(folder, self.config)
 
 
 def _settle(folder: Path, config: ConfigDict) -> None:
     """Writes config.json, or refuses if the one there differs."""
     path = folder / "config.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"The file {path} is damaged: {error}.") from error
-        if found := configs.differences(config, old):
-            raise UserError(
-                f"The workdir {folder} belongs to other settings: {'; '.join(found)}. "
-                "Choose another with --workdir."
-            )
+    if path.exists() and (found := configs.differences(config, configs.read(path))):
+        raise UserError(
+            f"The workdir {folder} belongs to other settings: {'; '.join(found)}. "
+            "Choose another with --workdir."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
     text = json.dumps(configs.to_dict(config), indent=2)
     metrics.write(path, text + "\n")
+
+
+def _check_donor(experiment: Experiment, config: ConfigDict, workdir: Path, ahead: list):
+    """Refuses an `init_from` that cannot work, as far as can be known without loading.
+
+    Args:
+      ahead: the runs that this command trains before; their folders need not exist yet.
+    """
+    if config.init_from and experiment.adopt is None:
+        raise reject("init_from", config.init_from, "'', as this experiment cannot adopt")
+    if config.init_from not in ahead:
+        _donor(config, workdir)
 
 
 def _donor(config: ConfigDict, workdir: Path):
@@ -248,15 +272,14 @@ def _donor(config: ConfigDict, workdir: Path):
         (
             f
             for f in (workdir / config.init_from, Path(config.init_from))
-            if (f / "config.json").exists() and (f / "checkpoints").exists()
+            if (f / "config.json").exists() and any((f / "checkpoints").glob("[0-9]*"))
         ),
         None,
     )
     if folder is None:
         allowed = "a run's folder, with config.json and checkpoints"
         raise reject("init_from", config.init_from, allowed)
-    saved = ConfigDict(json.loads((folder / "config.json").read_text()))
-    theirs = configs.restore(config, saved.to_dict())
+    theirs = configs.restore(config, configs.read(folder / "config.json"))
     return load(make(theirs), theirs, folder, folder.name).state
 
 
@@ -270,24 +293,14 @@ def _check_shared(config: ConfigDict) -> None:
     meshes.make(**config.mesh)
 
 
-def _first(function) -> None:
-    """Calls `function` on the first process; the others wait, and fail if it does."""
-    error = None
-    if jax.process_index() == 0:
-        try:
-            function()
-        except UserError as caught:
-            error = caught
-    if jax.process_count() > 1:
-        import numpy as np
-
-        failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
-        if int(failed) and error is None:
-            error = UserError("The first process refused; see its message.")
-    if error:
-        raise error
+def _check_mesh(experiment: Experiment, config: ConfigDict) -> None:
+    split = any("model" in _axes(spec) for _, spec in experiment.rules)
+    if config.mesh.model > 1 and not split:
+        why = "1: this experiment splits nothing over `model`, more would repeat its work"
+        raise reject("mesh.model", config.mesh.model, why)
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _axes(spec: Any) -> set[str]:
+    """The mesh axes that a placement mentions."""
+    parts = [part if isinstance(part, tuple) else (part,) for part in spec]
+    return {axis for part in parts for axis in part}

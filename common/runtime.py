@@ -5,6 +5,8 @@ import time
 from logging import CRITICAL, getLogger
 from pathlib import Path
 
+from common.errors import UserError
+
 START = time.monotonic()  # `main` imports this first: the clock of the whole command.
 
 
@@ -45,18 +47,32 @@ def start(x64: bool) -> None:
 
 
 def _join_pod(jax) -> None:
-    count = os.environ.get("JAX_NUM_PROCESSES")
+    # Else SIGTERM goes to JAX alone; `stop` hears it itself and says why.
+    jax.config.update("jax_enable_preemption_service", False)
+    count, index = _place_in_pod()
     try:
-        if count is None:
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(
-                num_processes=int(count),
-                process_id=int(os.environ["JAX_PROCESS_ID"]),
-            )
-    except ValueError:
-        if count is not None:
-            raise  # One process is what JAX calls a missing coordinator.
+        jax.distributed.initialize(num_processes=count, process_id=index)
+    except ValueError as error:
+        # One process is what JAX calls a missing coordinator.
+        if count is not None or "JAX_COORDINATOR_ADDRESS" in os.environ:
+            reason = str(error).rstrip(".")
+            raise UserError(f"Cannot join the other processes: {reason}.") from error
+
+
+def _place_in_pod() -> tuple[int | None, int | None]:
+    """JAX_NUM_PROCESSES and JAX_PROCESS_ID; JAX itself reads only the address."""
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    count, index = (os.environ.get(name) for name in names)
+    if count is None and index is None:
+        return None, None
+    for name, text in zip(names, (count, index), strict=True):
+        if text is None:
+            raise UserError(f"{name} is missing; set {' and '.join(names)}, or neither.")
+        if not text.isdecimal():
+            raise UserError(f"{name} is {text!r}, but must be a whole number.")
+    if not int(index) < int(count):
+        raise UserError(f"JAX_PROCESS_ID is {index}, but must be below {count}.")
+    return int(count), int(index)
 
 
 def elapsed() -> float:

@@ -1,44 +1,59 @@
 """SIGTERM and Ctrl-C: finish the step, save, leave with the code of the signal."""
 
+import os
 import signal
 
 import jax
-from jax.experimental import multihost_utils
+
+from common import pod
 
 
 class Stop:
     """Listens for signals from its creation on.
 
-    Outside of training a signal ends the program at once, since all that matters is
-    saved. Within (`with stop.after_step():`) it is only noted, until the loop asks.
-    With several processes JAX itself listens, and all agree on the step.
+    Within training (`with stop.after_step():`) a signal is noted until the loop asks.
+    Outside it ends the program at once, since all that matters is saved.
+
+    With several processes a signal to one is meant for all, and none may leave alone:
+    the others would wait for it. So it is noted outside of training too, and every call
+    of `requested` exchanges what was heard; all processes hear of it at the same call,
+    one after it was sent. A second signal ends its process at once.
+
+    JAX has a service for this, but it counts steps over the whole job, and Orbax feeds
+    the same counter with the step numbers of checkpoints, which begin anew in each run.
     """
 
     def __init__(self):
         self._signal = 0
         self._waiting = False
         self._alone = jax.process_count() == 1
-        signal.signal(signal.SIGINT, self._heard)
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._heard)
+        self._heard_by_any = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._heard)
 
     def _heard(self, number, frame):
-        if self._waiting and not self._signal:
+        if not self._signal and (self._waiting or not self._alone):
             self._signal = number
-        else:
+        elif self._alone:
             raise SystemExit(128 + number)
+        else:
+            os._exit(128 + number)  # An exit in order would wait for the others.
 
     def after_step(self):
         """Context in which signals wait for `requested`."""
         return _Waiting(self)
 
-    def requested(self, step: int) -> int:
-        """128 + the signal if the program should save and leave now, else 0."""
-        if self._signal:
-            return 128 + self._signal
-        if not self._alone and multihost_utils.reached_preemption_sync_point(step):
-            return 128 + signal.SIGTERM
-        return 0
+    def requested(self) -> int:
+        """128 + the signal if the program should save and leave now, else 0.
+
+        Asked after every step and every run, by all processes equally often.
+        """
+        number = self._signal
+        if not self._alone:
+            # The answer of the call before has come by now: nobody waits for the network.
+            asked, self._heard_by_any = self._heard_by_any, pod.largest(number)
+            number = 0 if asked is None else int(asked)
+        return 128 + number if number else 0
 
 
 class _Waiting:

@@ -11,7 +11,7 @@ def base(experiment: str) -> ConfigDict:
     """
     config = ConfigDict()
     config.experiment = experiment
-    config.size = "small"  # Set by `at_size`; names the default workdir.
+    config.size = "small"  # Set by `at_size` from the command's `:SIZE`; a record only.
     config.seed = 0  # The first seed; a run's every random number follows from its own.
     config.n_seeds = 1  # Repeats every run with seed, seed + 1, ...
     config.steps = 100

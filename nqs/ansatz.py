@@ -113,6 +113,14 @@ _weight = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _unit = nn.initializers.normal(1.0)
 
 
+# Float32 means float32: TF32 and bfloat16 passes spoil ratios of large determinants.
+_einsum = partial(jnp.einsum, precision="highest")
+
+
+def _exactly(dtype):
+    return dict(dtype=dtype, precision="highest")
+
+
 class Block(nn.Module):
     """Y = X + Attn(X), X' = Y + silu(Y W + b): no layer norm, no second matrix (S4-S7).
 
@@ -125,12 +133,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "sites d"], weights: bool = False):
         n, d = x.shape
-        kind = dict(dtype=self.dtype, param_dtype=self.dtype, kernel_init=_weight)
+        kind = dict(param_dtype=self.dtype, kernel_init=_weight, **_exactly(self.dtype))
         qkv = nn.Dense(3 * d, use_bias=False, name="qkv", **kind)(x)
         q, k, v = jnp.moveaxis(qkv.reshape(n, 3, self.n_heads, d // self.n_heads), 1, 0)
-        scores = jnp.einsum("ihc,jhc->hij", q, k) / jnp.sqrt(d // self.n_heads).astype(x.dtype)
+        scores = _einsum("ihc,jhc->hij", q, k) / jnp.sqrt(d // self.n_heads).astype(x.dtype)
         attention = jax.nn.softmax(scores)
-        mixed = jnp.einsum("hij,jhc->ihc", attention, v).reshape(n, d)
+        mixed = _einsum("hij,jhc->ihc", attention, v).reshape(n, d)
         y = x + nn.Dense(d, use_bias=False, name="out", **kind)(mixed)
         z = y + nn.silu(nn.Dense(d, bias_init=_unit, name="mlp", **kind)(y))
         return attention if weights else z
@@ -151,10 +159,10 @@ def _transformer(shape, d, n_heads, n_layers, embed_scale, dtype):
     init_blocks, apply_blocks = stack(block, n_layers)
     head = nn.Dense(
         2 * n_det * n_electrons,
-        dtype=dtype,
         param_dtype=dtype,
         kernel_init=_weight,
         bias_init=_unit,
+        **_exactly(dtype),
     )
 
     def init(key):
@@ -169,7 +177,8 @@ def _transformer(shape, d, n_heads, n_layers, embed_scale, dtype):
 
     def embedded(params, x):
         # A product, not a gather: its gradient is a product too, and not a scatter.
-        return jax.nn.one_hot(tokens(x), 4, dtype=dtype) @ params["embed"] + params["place"]
+        local = jax.nn.one_hot(tokens(x), 4, dtype=dtype)
+        return _einsum("it,td->id", local, params["embed"]) + params["place"]
 
     def features(params, x):
         return apply_blocks(params["blocks"], embedded(params, x))
@@ -201,7 +210,7 @@ def _nnb(shape, hidden, layers, dtype):
         raise reject("ansatz.mlp_hidden", hidden, "a whole number from 1 up")
     if layers < 1:
         raise reject("ansatz.mlp_layers", layers, "a whole number from 1 up")
-    kind = dict(dtype=dtype, param_dtype=dtype, kernel_init=_weight, bias_init=_unit)
+    kind = dict(param_dtype=dtype, kernel_init=_weight, bias_init=_unit, **_exactly(dtype))
     widths = [nn.Dense(hidden, **kind) for _ in range(layers)]
     head = nn.Dense(shape[0] * shape[1] * shape[2], **kind)
 
@@ -237,7 +246,7 @@ def _tensor(shape, dtype):
         return {"table": jax.random.normal(key, size, dtype)}
 
     def orbitals(params, x):
-        chosen = jnp.einsum(
+        chosen = _einsum(
             "it,tikse->ksie", jax.nn.one_hot(tokens(x), 4, dtype=dtype), params["table"]
         )
         return chosen.reshape(shape)

@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import mesh as meshes
+from common.errors import UserError
 from nqs import observables as obs
 from nqs import statistics as stats
 
@@ -28,7 +29,7 @@ def evaluate(config, system, psi, parts, state, key) -> dict:
 
     Returns:
       host numbers and arrays; energies are totals in units of t, from unclipped local
-      energies. `*_error` is one standard error, blocked over the chain.
+      energies. `*_error` is one standard error of correlated chains.
     """
     g = obs.geometry(system)
     measure = jax.jit(partial(_measure, config, g, parts))
@@ -44,10 +45,12 @@ def evaluate(config, system, psi, parts, state, key) -> dict:
     # One transfer at the end; until then the device runs ahead of the host.
     local = np.asarray(jax.device_get(local), float)
     values, diagonal = jax.tree.map(lambda *a: np.stack(a), *jax.device_get(seen))
+    found = energy_figures(system, local, config.eval.sweeps)
+    tau = found["autocorrelation_time"] / config.eval.sweeps  # In measurements.
     return (
-        energy_figures(system, local, config.eval.sweeps)
+        found
         | {k: values[k].mean() for k in ("acceptance", "connected")}
-        | _correlations(g, diagonal)
+        | correlations(g, diagonal, tau)
         | _attention(g, psi, state.params, x)
     )
 
@@ -58,20 +61,24 @@ def _measure(config, g, parts, params, x, key):
 
 
 def energy_figures(system, local: np.ndarray, sweeps: int) -> dict:
-    """Energy, variance and chain diagnostics from local energies [blocks, B]."""
+    """Energy, variance and chain diagnostics from local energies [blocks, B].
+
+    Samples that are not finite are counted and left out.
+    """
     good = np.isfinite(local)
-    filled = np.where(good, local, local[good].mean() if good.any() else np.nan)
-    energy, variance = filled.mean(), filled.var()
-    error, levels = stats.blocked_error(filled.mean(axis=1))
-    rho = stats.autocorrelation(filled)
+    if not good.any():
+        raise UserError("No local energy is finite; nothing can be measured.")
+    energy, variance = local[good].mean(), local[good].var()
+    error, levels = stats.chains_error(local)
+    rho = stats.autocorrelation(local)
     infinite = system.U * system.n_up * system.n_dn / system.n_sites
     return {
         "energy": energy,
         "energy_error": error,
         "variance": variance,
-        "variance_error": stats.blocked_error(filled.var(axis=1))[0],
+        "variance_error": stats.chains_error((local - energy) ** 2)[0],
         "v_score": stats.v_score(energy, variance, system.n_electrons, infinite),
-        "r_hat": stats.split_r_hat(filled),
+        "r_hat": stats.split_r_hat(local),
         "autocorrelation_time": stats.autocorrelation_time(rho) * sweeps,
         "autocorrelation": rho[:LAGS],
         "blocking": levels,
@@ -80,8 +87,13 @@ def energy_figures(system, local: np.ndarray, sweeps: int) -> dict:
     }
 
 
-def _correlations(g, d: obs.Diagonal) -> dict:
-    """Means over blocks, with blocked errors, of what `Diagonal` holds per block."""
+def correlations(g, d: obs.Diagonal, tau: float) -> dict:
+    """Means over blocks of what `Diagonal` holds per block.
+
+    Which walker contributed what is not kept: errors are naive ones times sqrt(2 tau),
+    with `tau`, in blocks, of the energy or of the observable, whichever is larger.
+    """
+    errors = lambda series: np.array([stats.correlated_error(c, tau) for c in series.T])
     density = d.density_up + d.density_dn
     charge = np.stack([obs.connected(g, c, n) for c, n in zip(d.charge, density, strict=True)])
     # Within one block <n_i><n_j> is noisy and would bias the product; use all blocks.
@@ -89,20 +101,16 @@ def _correlations(g, d: obs.Diagonal) -> dict:
     double = d.double.mean(axis=1)
     return {
         "double_occupancy": double.mean(),
-        "double_occupancy_error": stats.blocked_error(double)[0],
+        "double_occupancy_error": stats.correlated_error(double, tau),
         "double": d.double.mean(axis=0),
         "density_up": d.density_up.mean(axis=0),
         "density_dn": d.density_dn.mean(axis=0),
-        "density_error": _errors(density),
+        "density_error": errors(density),
         "spin": d.spin.mean(axis=0),
-        "spin_error": _errors(d.spin),
+        "spin_error": errors(d.spin),
         "charge": center,
-        "charge_error": _errors(charge),
+        "charge_error": errors(charge),
     }
-
-
-def _errors(series: np.ndarray) -> np.ndarray:
-    return np.array([stats.blocked_error(column)[0] for column in series.T])
 
 
 def _attention(g, psi, params, x) -> dict:

@@ -1,5 +1,7 @@
 """Exact diagonalisation of small sectors: the line under our curves."""
 
+import itertools
+
 import numpy as np
 import scipy.sparse.linalg
 from scipy.special import comb
@@ -9,6 +11,7 @@ from nqs.lattice import Hubbard, all_states, matrix
 
 MAX_STATES = 60_000
 DENSE = 400  # Up to here every eigenvalue is cheaper than Lanczos.
+SAME = 1e-8  # Energies this close belong to one level.
 
 
 def n_states(h: Hubbard) -> int:
@@ -42,15 +45,22 @@ def ground_state(h: Hubbard, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return energies[order], vectors[:, order]
 
 
+def degenerate(h: Hubbard, energies: np.ndarray) -> bool:
+    """Whether the ground state is not unique, from at least its two lowest energies."""
+    return n_states(h) > 1 and bool(energies[1] - energies[0] < SAME)
+
+
 def exact_observables(h: Hubbard, vector: np.ndarray) -> dict:
     """Diagonal observables of a state, by the definitions of `observables`.
+
+    Those of one vector out of a degenerate level are arbitrary.
 
     Args:
       vector: [n_states], in the sequence of `lattice.all_states`.
 
     Returns:
       double_occupancy per site; density_up, density_dn [N]; spin_correlation and
-      charge_correlation [Lx, Ly] by displacement, non-negative in open directions.
+      charge_correlation [Lx, Ly] by displacement, without its sign in open directions.
     """
     weight = np.abs(vector) ** 2
     x = all_states(h).astype(float)
@@ -69,17 +79,14 @@ def exact_observables(h: Hubbard, vector: np.ndarray) -> dict:
 
 
 def _by_shift(h: Hubbard, pairs: np.ndarray) -> np.ndarray:
-    """(1/N) sum_i pairs[i, i + r] for each r; only pairs inside where it is open."""
-    found = np.zeros(h.shape)
-    for i in np.ndindex(*h.shape):
-        for r in np.ndindex(*h.shape):
-            j = [a + b for a, b in zip(i, r, strict=True)]
-            outside = [
-                place >= size and bc == "open"
-                for place, size, bc in zip(j, h.shape, h.boundary, strict=True)
-            ]
-            if not any(outside):
-                j = [place % size for place, size in zip(j, h.shape, strict=True)]
-                a, b = (k[0] * h.shape[1] + k[1] for k in (i, j))
-                found[r] += pairs[a, b] / h.n_sites
-    return found
+    """Means of pairs[i, j] over all (i, j) with j - i = r, of either sign where open."""
+    found, count = np.zeros(h.shape), np.zeros(h.shape)
+    sites = list(np.ndindex(*h.shape))
+    for (a, i), (b, j) in itertools.product(enumerate(sites), repeat=2):
+        r = tuple(
+            abs(end - start) if bc == "open" else (end - start) % size
+            for start, end, size, bc in zip(i, j, h.shape, h.boundary, strict=True)
+        )
+        found[r] += pairs[a, b]
+        count[r] += 1
+    return found / count

@@ -26,7 +26,7 @@ def all_figures(system, known, runs, final, folder: Path) -> list[tuple[str, str
     if all(bc != "open" for bc in system.boundary) and min(system.shape) > 1:
         drawn.append(structure(system, row, folder / "structure_factors.png"))
     if "attention" in row:
-        drawn.append(attention(row, folder / "attention.png"))
+        drawn.append(attention(system, row, folder / "attention.png"))
     return drawn
 
 
@@ -34,6 +34,9 @@ def energy(system, known, runs, path: Path) -> tuple[str, str]:
     """Energy per site over training, and its distance from the exact one."""
     exact = known.energy
     n = system.n_sites
+    unit, label = abs(exact or 0.0), "|E − E₀| / |E₀|"
+    if unit < 1e-8:  # Relative to zero nothing can be.
+        unit, label = 1.0, "|E − E₀|  (t)"
     with plots.figure(path, columns=2 if exact is not None else 1) as axes:
         left = axes[0] if exact is not None else axes
         for name, run in runs.items():
@@ -41,12 +44,13 @@ def energy(system, known, runs, path: Path) -> tuple[str, str]:
             _, error = metrics.select(run.rows, "energy_error")
             left.errorbar(steps, e / n, error / n, lw=1, elinewidth=0.5, label=name)
             if exact is not None:
-                axes[1].plot(steps, np.abs(e - exact) / abs(exact), lw=1, label=name)
+                axes[1].plot(steps, np.abs(e - exact) / unit, lw=1, label=name)
         if exact is not None:
             left.axhline(exact / n, color="k", ls="--", lw=1, label="exact")
-            axes[1].set(yscale="log", xlabel="step", ylabel="|E − E₀| / |E₀|")
+            axes[1].set(xlabel="step", ylabel=label)
+            _log(axes[1])
             low = exact / n
-            left.set_ylim(low - 0.05 * abs(low), _top(runs, n, low))
+            left.set_ylim(low - 0.05 * (abs(low) or 1), _top(runs, n, low))
         left.set(xlabel="step", ylabel="E / N  (t)", title=system.label)
         left.legend()
     return path.name, "Energy per site of each training step, with the exact line"
@@ -56,7 +60,13 @@ def _top(runs, n, low):
     """Shows the descent, not the first few random energies."""
     ends = [metrics.select(r.rows, "energy")[1] / n for r in runs.values()]
     later = max(np.median(e[len(e) // 10 :]) for e in ends)
-    return max(later + 4 * abs(later - low), low + 0.15 * abs(low))
+    return max(later + 4 * abs(later - low), low + 0.15 * (abs(low) or 1))
+
+
+def _log(axis):
+    """A logarithmic y axis, unless nothing drawn is above zero."""
+    if any((np.asarray(line.get_ydata()) > 0).any() for line in axis.lines):
+        axis.set_yscale("log")
 
 
 def variance(system, runs, path: Path) -> tuple[str, str]:
@@ -67,9 +77,13 @@ def variance(system, runs, path: Path) -> tuple[str, str]:
             steps, v = metrics.select(run.rows, "variance")
             _, e = metrics.select(run.rows, "energy")
             left.plot(steps, v / system.n_sites, lw=1, label=name)
-            right.plot(steps, system.n_electrons * v / (e - infinite) ** 2, lw=1)
-        left.set(yscale="log", xlabel="step", ylabel="Var(E_L) / N  (t²)")
-        right.set(yscale="log", xlabel="step", ylabel="V-score")
+            score = np.full(len(e), np.nan)
+            np.divide(system.n_electrons * v, (e - infinite) ** 2, score, where=e != infinite)
+            right.plot(steps, score, lw=1)
+        left.set(xlabel="step", ylabel="Var(E_L) / N  (t²)")
+        right.set(xlabel="step", ylabel="V-score")
+        _log(left)
+        _log(right)
         left.legend()
     return path.name, "Variance of the local energy, and V-score; an eigenstate has zero"
 
@@ -128,10 +142,8 @@ def density(system, row, path: Path) -> tuple[str, str]:
 def correlations(system, known, final, path: Path) -> tuple[str, str]:
     """Spin and charge correlations against distance, with the exact ones."""
     g = obs.geometry(system)
-    first = np.minimum(g.shift, len(g.shift)).ravel()
-    lengths = np.full(len(g.shift) + 1, np.nan)
-    lengths[first] = g.distances[g.shell].ravel()
-    lengths = lengths[:-1]
+    lengths = np.empty(len(g.shift))
+    lengths[g.shift] = g.distances[g.shell]
     order = np.argsort(lengths)
     titles = {"spin": "C_s(r) = ⟨Sᶻ Sᶻ⟩", "charge": "C_c(r) = ⟨n n⟩ − ⟨n⟩⟨n⟩"}
     with plots.figure(path, columns=2) as axes:
@@ -167,26 +179,39 @@ def structure(system, row, path: Path) -> tuple[str, str]:
     return path.name, "Structure factors, q = 0 in the middle"
 
 
-def attention(row, path: Path) -> tuple[str, str]:
+def attention(system, row, path: Path) -> tuple[str, str]:
     """Share of the attention by distance, for every layer and head."""
+    uniform = obs.uniform_share(obs.geometry(system))
     share = np.array(row["attention"])
     layers, heads, _ = share.shape
     with plots.figure(path, columns=layers, sharey=True, squeeze=False) as axes:
         for layer, axis in enumerate(axes[0]):
             for head in range(heads):
                 spread = row["attention_participation"][layer][head]
+                reach = row["attention_distance"][layer][head]
                 axis.plot(
                     row["distances"],
                     share[layer, head],
                     marker="o",
                     ms=3,
                     lw=1,
-                    label=f"head {head}: {spread:.1f} sites",
+                    label=f"head {head}: {spread:.1f} sites, mean |r| = {reach:.2f}",
                 )
+            far = uniform @ np.asarray(row["distances"])
+            axis.plot(
+                row["distances"],
+                uniform,
+                "k--",
+                lw=1,
+                label=f"all sites alike: {system.n_sites} sites, mean |r| = {far:.2f}",
+            )
             axis.set(xlabel="distance", title=f"layer {layer}")
             axis.legend()
         axes[0][0].set_ylabel("share of attention")
-    return path.name, "How far each head looks; in the legend how many sites it spreads over"
+    return path.name, (
+        "How far each head looks; in the legend how many sites it spreads over, and its mean "
+        "distance"
+    )
 
 
 def _map(axis, values, title, colours):

@@ -5,6 +5,7 @@ Nature Communications 17, 7838 (2026). Where to find what:
 
     Hamiltonian, lattices, Hilbert space    lattice.py, hops.py
     transformer backflow, S1-S8             ansatz.py, determinants.py
+    Hartree-Fock, the start of training     mean_field.py, start.py (ours, not the paper's)
     Metropolis sampling                     sampler.py
     local energies                          energy.py
     minSR, SPRING, MARCH, S17-S23           optim/natural_gradient.py

@@ -168,6 +168,10 @@ def _field(shape, h, pattern, period):
         raise reject("pinning.pattern", pattern, f"one of {', '.join(PATTERNS)}")
     if not _whole(period) or period < 1:
         raise reject("pinning.period", period, "a whole number from 1 up")
+    if h != 0 and pattern == "none":
+        raise reject("pinning.pattern", pattern, "neel or stripe where pinning.h is not 0")
+    if h == 0 and pattern != "none":
+        raise reject("pinning.h", h, f"other than 0 where pinning.pattern is {pattern!r}")
     x, y = np.indices(shape)
     staggered = (-1.0) ** (x + y)
     if pattern == "none":

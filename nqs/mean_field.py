@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 
 ITERATIONS = 100
 MIXING = 0.5  # Of the new density into the old one.
+SAME = 0.99  # Overlap above which two solutions are one.
+WINDOW = 0.2  # Of |energy|, above the lowest one, in which solutions are of use.
 
 
 class MeanField(NamedTuple):
@@ -28,24 +30,27 @@ class MeanField(NamedTuple):
 
 
 def hartree_fock(hubbard, key: jax.Array, n: int, tries: int = 16) -> MeanField:
-    """The n lowest of some solutions. Traceable.
+    """The n lowest different solutions. Traceable.
 
     Args:
       hubbard: a `lattice.Hubbard`.
       key: of the densities that the iteration starts from.
-      n: solutions wanted; each distinct by its start, not always by its energy.
-      tries: starts, at least n.
+      n: solutions wanted. Two with an overlap above `SAME` are one; where there are not
+        enough within `WINDOW`, the lowest ones stand twice. Signs are such that none
+        cancels the first.
+      tries: starts; at least 2 n are made.
     """
     hopping, field = _one_body(hubbard)
-    n_starts = max(tries, n)
+    n_starts = max(tries, 2 * n)
     # From pure noise, which small clusters want, to disturbed staggered order, from which
     # large ones find their stripes.
     order = jnp.linspace(0, 1, n_starts, dtype=hopping.dtype)[:, None, None]
     x, y = np.indices(hubbard.shape)
     staggered = np.multiply.outer([1.0, -1.0], ((-1.0) ** (x + y)).ravel())
+    order = order.at[::2].multiply(-1)  # Its mirror image is as low and another state.
     shape = (n_starts, 2, hubbard.n_sites)
     noise = jax.random.uniform(key, shape, hopping.dtype, -1, 1)
-    starts = (1 + order * staggered) * (1 + (1 - 0.6 * order) * noise)
+    starts = (1 + order * staggered) * (1 + (1 - 0.6 * jnp.abs(order)) * noise)
     fill = jnp.array([hubbard.n_up, hubbard.n_dn], hopping.dtype)[:, None]
     starts = fill * starts / starts.sum(axis=-1, keepdims=True)
 
@@ -65,15 +70,41 @@ def hartree_fock(hubbard, key: jax.Array, n: int, tries: int = 16) -> MeanField:
         n_up, n_dn = rho = densities(up, down)
         kinetic = sum(jnp.sum(v * (hopping @ v)) for v in (up, down))
         energy = kinetic + jnp.sum(field * rho) + hubbard.U * jnp.sum(n_up * n_dn)
-        corners = [
-            [up, jnp.zeros((len(up), down.shape[1]))],
-            [jnp.zeros((len(down), up.shape[1])), down],
-        ]
-        return jnp.block(corners), energy
+        return up, down, energy
 
-    found, energy = jax.vmap(solve)(starts)
-    best = jnp.argsort(energy)[:n]
-    return MeanField(found[best], energy[best])
+    up, down, energy = jax.vmap(solve)(starts)
+    overlap = _overlaps(up) * _overlaps(down)
+    best = _different(overlap, energy, n)
+    sign = jnp.where(overlap[best, best[0]] < 0, -1, 1)
+    return MeanField(_together(up[best], down[best], sign), energy[best])
+
+
+def _overlaps(v: Float[Array, "k sites n"]) -> Float[Array, "k k"]:
+    """Of the determinants of each pair."""
+    return jnp.linalg.det(jnp.einsum("aim,bin->abmn", v, v, precision="highest"))
+
+
+def _different(overlap, energy, n):
+    """Indices of the n lowest states, first those that differ from all lower ones."""
+    order = jnp.argsort(energy)
+    useful = energy <= energy.min() + WINDOW * jnp.abs(energy.min())
+
+    def look(chosen, i):
+        new = jnp.all(~chosen | (jnp.abs(overlap[i]) < SAME))
+        return chosen.at[i].set(new & useful[i]), None
+
+    chosen, _ = jax.lax.scan(look, jnp.zeros(len(energy), bool), order)
+    return order[jnp.argsort(~chosen[order], stable=True)[:n]]
+
+
+def _together(up, down, sign):
+    """[k, 2N, N_e]: up orbitals on up modes, down ones on down modes; det times `sign`."""
+    k, sites, n_up = up.shape
+    n_dn = down.shape[-1]
+    upper = jnp.concatenate([up, jnp.zeros((k, sites, n_dn), up.dtype)], axis=2)
+    lower = jnp.concatenate([jnp.zeros((k, sites, n_up), up.dtype), down], axis=2)
+    whole = jnp.concatenate([upper, lower], axis=1)
+    return whole.at[:, :, 0].multiply(sign[:, None].astype(up.dtype))
 
 
 def _one_body(hubbard) -> tuple[np.ndarray, np.ndarray]:

@@ -11,36 +11,42 @@ from jaxtyping import Array, Float, Int
 class Geometry(NamedTuple):
     """Displacements between sites, for averages over pairs of the same one."""
 
-    shift: np.ndarray  # int32 [N, N]: r = rx * Ly + ry from i to j, or N where undefined.
+    shift: np.ndarray  # int32 [N, N]: r = rx * Ly + ry from i to j.
+    pairs: np.ndarray  # float64 [N]: ordered pairs (i, j) of each r; N if all wraps.
     shell: np.ndarray  # int32 [N, N]: which distance, an index into `distances`.
     distances: np.ndarray  # float64 [shells]: lengths, shortest image, ascending from 0.
 
 
 def geometry(hubbard) -> Geometry:
-    """Displacements modulo the lattice where it wraps, non-negative where it is open."""
+    """Displacements modulo the lattice where it wraps, their size where it is open."""
     shape = hubbard.shape
     n = shape[0] * shape[1]
     place = np.stack(np.unravel_index(np.arange(n), shape), axis=-1)
     delta = place[None] - place[:, None]
     wraps = np.array([bc != "open" for bc in hubbard.boundary])
     size = np.array(shape)
-    modulo = np.where(wraps, delta % size, delta)
-    inside = (modulo >= 0).all(axis=-1)
-    shift = np.where(inside, modulo[..., 0] * shape[1] + modulo[..., 1], n)
+    modulo = np.where(wraps, delta % size, np.abs(delta))
+    shift = (modulo[..., 0] * shape[1] + modulo[..., 1]).astype(np.int32)
+    pairs = np.bincount(shift.ravel(), minlength=n).astype(float)
     short = np.where(wraps, (delta + size // 2) % size - size // 2, delta)
     length = np.round(np.sqrt((short**2).sum(axis=-1)), 9)
     distances, shell = np.unique(length, return_inverse=True)
-    return Geometry(shift.astype(np.int32), shell.reshape(n, n).astype(np.int32), distances)
+    return Geometry(shift, pairs, shell.reshape(n, n).astype(np.int32), distances)
 
 
 class Diagonal(NamedTuple):
-    """Means over configurations. S^z = (n_up - n_dn) / 2, n = n_up + n_dn."""
+    """Means over configurations. S^z = (n_up - n_dn) / 2, n = n_up + n_dn.
+
+    Correlations are means over the pairs (i, j) with j - i = r: all N where everything
+    wraps. In open directions there are fewer, of either sign; dividing by N would make
+    correlations decay that do not.
+    """
 
     density_up: Float[Array, " sites"]
     density_dn: Float[Array, " sites"]
     double: Float[Array, " sites"]
-    spin: Float[Array, " sites"]  # (1/N) sum_i <S^z_i S^z_{i+r}> for each r
-    charge: Float[Array, " sites"]  # (1/N) sum_i <n_i n_{i+r}>, not connected
+    spin: Float[Array, " sites"]  # mean over pairs of <S^z_i S^z_j>, for each r
+    charge: Float[Array, " sites"]  # mean over pairs of <n_i n_j>, not connected
 
 
 def diagonal(g: Geometry, x: Int[Array, "b modes"]) -> Diagonal:
@@ -50,8 +56,7 @@ def diagonal(g: Geometry, x: Int[Array, "b modes"]) -> Diagonal:
 
     def pairs(a):
         both = a.T @ a / len(a)
-        summed = jax.ops.segment_sum(both.ravel(), g.shift.ravel(), n + 1)
-        return summed[:n] / n
+        return jax.ops.segment_sum(both.ravel(), g.shift.ravel(), n) / g.pairs
 
     return Diagonal(
         density_up=up.mean(axis=0),
@@ -63,14 +68,17 @@ def diagonal(g: Geometry, x: Int[Array, "b modes"]) -> Diagonal:
 
 
 def connected(g: Geometry, charge: np.ndarray, density: np.ndarray) -> np.ndarray:
-    """C_c(r) = (1/N) sum_i (<n_i n_{i+r}> - <n_i><n_{i+r}>), from `Diagonal.charge`."""
-    n = len(density)
-    product = np.bincount(g.shift.ravel(), np.outer(density, density).ravel(), n + 1)
-    return charge - product[:n] / n
+    """C_c(r), the mean over pairs of <n_i n_j> - <n_i><n_j>, from `Diagonal.charge`."""
+    product = np.bincount(g.shift.ravel(), np.outer(density, density).ravel())
+    return charge - product / g.pairs
 
 
 def structure_factor(c: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """S(q) = sum_r exp(-i q r) C(r) on a periodic lattice, [Lx, Ly], real."""
+    """S(q) = sum_r exp(-i q r) C(r) on a lattice that wraps both ways, [Lx, Ly], real.
+
+    There C(r) is (1/N) sum_i, so that S(q) is never negative; elsewhere it is another
+    mean and this sum means nothing.
+    """
     return np.fft.fft2(np.asarray(c).reshape(shape)).real
 
 
@@ -91,3 +99,8 @@ def attention_profile(
     shells = jax.ops.segment_sum(flat, g.shell.ravel(), len(g.distances)).T / n
     participation = (1 / jnp.sum(weights**2, axis=-1)).mean(axis=-1)
     return shells.reshape(layers, heads, -1), participation
+
+
+def uniform_share(g: Geometry) -> np.ndarray:
+    """Share of each distance for a head that looks at all sites alike, [shells]."""
+    return np.bincount(g.shell.ravel()) / g.shell.size

@@ -1,5 +1,6 @@
 """Figures, tables and the closing line of a Hubbard run."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +14,16 @@ from nqs import evaluation, exact, references
 from nqs import figures as draw
 from nqs import statistics as stats
 
+ROUNDING = 1e-8  # Of an exact energy, relative; published ones have nine digits.
+SIGMAS = 3.0  # A seed this far below the exact energy has a bug.
+
 
 class Truth(NamedTuple):
     """What is known of the ground state without us."""
 
     energy: float | None  # Total; None if nobody knows.
     source: str
-    observables: dict | None  # Of `exact.exact_observables`.
+    observables: dict | None  # Of `exact.exact_observables`; None if degenerate.
     references: list
 
 
@@ -27,9 +31,13 @@ def truth(system) -> Truth:
     """Exact diagonalisation where the sector is small, else the published energy."""
     known = references.lookup(system)
     if exact.n_states(system) <= exact.MAX_STATES:
-        energies, vectors = exact.ground_state(system)
-        seen = exact.exact_observables(system, vectors[:, 0])
-        return Truth(float(energies[0]), "exact diagonalisation, here", seen, known)
+        energies, vectors = exact.ground_state(system, min(2, exact.n_states(system)))
+        source, seen = "exact diagonalisation, here", None
+        if exact.degenerate(system, energies):
+            source += "; degenerate, so that observables have no one value"
+        else:
+            seen = exact.exact_observables(system, vectors[:, 0])
+        return Truth(float(energies[0]), source, seen, known)
     for each in known:
         if each.exact:
             total = each.energy_per_site * system.n_sites
@@ -56,31 +64,35 @@ def report(system, runs: dict[str, Run], folder: Path) -> Report:
         group: summarize(system, known, [final[n] for n in names])
         for group, names in groups.items()
     }
+    seeds = {n: summarize(system, known, [f]) for n, f in final.items()}
     best = min(numbers, key=lambda g: numbers[g]["energy"])
     summary = numbers[best] | {
         "system": system.label,
         "groups": numbers,
-        "seeds": {n: summarize(system, known, [f]) for n, f in final.items()},
+        "seeds": seeds,
         "timing": {n: run.timing for n, run in runs.items()},
     }
+    result = sentence(system, known, numbers[best], len(groups[best]))
     text = "\n\n".join(
         [
             f"# {system.label}",
-            sentence(system, known, numbers[best], len(groups[best])),
+            result,
             "## Energy",
-            _energies(system, known, numbers, final),
+            _energies(system, known, numbers, seeds),
+            *([variational(seeds)] if known.energy is not None else []),
             "## The chains",
             _chains(final),
             "## This machine",
             _timing(runs),
             "## Figures",
             *[f"{caption}\n\n![{caption}](figures/{name})" for name, caption in drawn],
-            "Errors are one standard error: blocked over the chain within a seed, and over "
-            "seeds the larger of that and their scatter. Energies are means of unclipped "
-            "local energies at frozen parameters, in units of t.",
+            "Errors are one standard error: within a seed from the scatter of its "
+            "independent chains, or blocked over time if that is larger, and over seeds the "
+            "larger of that and their scatter. Energies are means of unclipped local "
+            "energies at frozen parameters, in units of t.",
         ]
     )
-    return Report(text, summary, sentence(system, known, numbers[best], len(groups[best])))
+    return Report(text, finite(summary), result)
 
 
 def evaluated(config, system, psi, parts, run: Run, folder: Path) -> str:
@@ -92,15 +104,31 @@ def evaluated(config, system, psi, parts, run: Run, folder: Path) -> str:
     if jax.process_index() == 0:
         draw.all_figures(system, known, {run.name: run}, {run.name: row}, folder)
     numbers = summarize(system, known, [row])
-    tables = [
-        _energies(system, known, {run.name: numbers}, {run.name: row}),
-        _chains({run.name: row}),
-    ]
+    seeds = {run.name: numbers}
+    tables = [_energies(system, known, {}, seeds), _chains({run.name: row})]
+    if known.energy is not None:
+        tables.insert(1, variational(seeds))
     return "\n\n".join([sentence(system, known, numbers, 1), *tables])
 
 
 def last_evaluation(run: Run) -> dict:
     return [row for row in run.rows if row["split"] == "eval"][-1]
+
+
+def finite(tree):
+    """A summary with None in place of every number that is not finite, as JSON asks."""
+    if isinstance(tree, dict):
+        return {k: finite(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(v) for v in tree]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return None
+    return tree
+
+
+def _show(value, form: str) -> str:
+    """A number in a table; a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def summarize(system, known: Truth, rows: list[dict]) -> dict:
@@ -121,60 +149,115 @@ def summarize(system, known: Truth, rows: list[dict]) -> dict:
         "double_occupancy": double,
         "double_occupancy_error": double_error,
     }
-    for name in ("variance", "v_score", "acceptance", "r_hat", "autocorrelation_time"):
+    infinite = system.U * system.n_up * system.n_dn / n
+    scores = [
+        stats.v_score_error(
+            *(r[k] for k in ("energy", "energy_error", "variance", "variance_error")),
+            system.n_electrons,
+            infinite,
+        )
+        for r in rows
+    ]
+    spread = [r["variance_error"] for r in rows]
+    for name, errors in (("variance", spread), ("v_score", scores)):
+        value, wrong = stats.combine([r[name] for r in rows], errors)
+        found |= {name: value, f"{name}_error": wrong}
+    for name in ("acceptance", "r_hat", "autocorrelation_time"):
         found[name] = float(np.mean([r[name] for r in rows]))
+    if "attention_distance" in rows[0]:  # [layers, heads]
+        distances = np.mean([r["attention_distance"] for r in rows], axis=0)
+        found["attention_distance"] = distances.tolist()
     if known.energy is not None:
-        gaps = [(r["energy"] - known.energy) / abs(known.energy) for r in rows]
-        found |= {
-            "exact_energy": known.energy,
-            "exact_energy_per_site": known.energy / n,
-            "exact_source": known.source,
-            "relative_error": abs(energy - known.energy) / abs(known.energy),
-            "relative_error_error": error / abs(known.energy),
-            "worst_relative_error": float(np.max(np.abs(gaps))),
-            # Above zero: the variational principle holds by so many standard errors.
-            "sigmas_above_exact": (energy - known.energy) / error if error else 0.0,
-        }
+        found |= _against(known, n, [r["energy"] for r in rows], energy, error)
     if known.observables is not None:
         found["exact_double_occupancy"] = float(known.observables["double_occupancy"])
     return found
 
 
+def _against(known: Truth, n: int, energies: list, energy: float, error: float) -> dict:
+    """What the exact energy says of a mean energy; no relative errors where it is 0."""
+    gap, scale = energy - known.energy, abs(known.energy)
+    found = {
+        "exact_energy": known.energy,
+        "exact_energy_per_site": known.energy / n,
+        "exact_source": known.source,
+        "relative_error": None,
+        "signed_relative_error": None,
+        "relative_error_error": None,
+        "worst_relative_error": None,
+        # Above zero: the variational principle holds by so many standard errors.
+        "sigmas_above_exact": _sigmas(gap, error, scale),
+    }
+    if scale > ROUNDING:
+        found |= {
+            "relative_error": abs(gap) / scale,
+            "signed_relative_error": gap / scale,
+            "relative_error_error": error / scale,
+            "worst_relative_error": float(max(abs(e - known.energy) for e in energies)) / scale,
+        }
+    return found
+
+
+def _sigmas(gap: float, error: float, scale: float) -> float:
+    """gap / error; 0 for a gap that is rounding, of published digits or ours."""
+    if abs(gap) <= ROUNDING * max(scale, 1.0):
+        return 0.0
+    return gap / error if error > 0 else math.copysign(math.inf, gap)
+
+
+def variational(seeds: dict[str, dict]) -> str:
+    """Whether the variational principle holds, in words, by each seed's own error."""
+    lines = [
+        f"WARNING: {name} lies below the exact energy by {-found['sigmas_above_exact']:.1f} "
+        "standard errors: this breaks the variational principle and is a bug."
+        for name, found in seeds.items()
+        if found["sigmas_above_exact"] < -SIGMAS
+    ]
+    return "\n\n".join(lines) or (
+        "No seed lies below the exact energy by more than three standard errors."
+    )
+
+
 def sentence(system, known: Truth, found: dict, seeds: int) -> str:
-    """The result in one line."""
+    """The result in one line; the relative error is (E - E0) / |E0|."""
     energy = stats.digits(found["energy_per_site"], found["energy_per_site_error"])
     text = f"{system.label}: E/N = {energy} ({seeds} seed{'s' if seeds > 1 else ''})"
     if known.energy is None:
         return text + "."
     per_site = known.energy / system.n_sites
-    wrong = stats.digits(found["relative_error"], found["relative_error_error"])
-    return f"{text}, exact {per_site:.6f}, relative error {wrong}."
+    wrong = stats.digits(found["signed_relative_error"], found["relative_error_error"])
+    sign = "+" if (found["signed_relative_error"] or 0) > 0 else ""
+    return f"{text}, exact {per_site:.6f}, relative error {sign}{wrong}."
 
 
-def _energies(system, known, numbers, final) -> str:
+def _energies(system, known, numbers, seeds) -> str:
     lines = [
-        "| | E/N | relative error | variance | V-score | double occupancy |",
+        "| | E/N | (E − E₀) / \\|E₀\\| | variance | V-score | double occupancy |",
         "|---|---|---|---|---|---|",
     ]
 
     def row(name, found):
-        wrong = "–"
-        if known.energy is not None:
-            wrong = f"{found['relative_error']:.2e} ± {found['relative_error_error']:.0e}"
+        show = lambda key, form, error: (
+            f"{_show(found.get(key), form)} ± {_show(found.get(error), '.0e')}"
+        )
+        wrong = show("signed_relative_error", "+.2e", "relative_error_error")
+        if found.get("signed_relative_error") is None:
+            wrong = "–"
         energy = stats.digits(found["energy_per_site"], found["energy_per_site_error"])
         double = stats.digits(found["double_occupancy"], found["double_occupancy_error"])
         return (
-            f"| {name} | {energy} | {wrong} | {found['variance']:.4g} "
-            f"| {found['v_score']:.2e} | {double} |"
+            f"| {name} | {energy} | {wrong} | {show('variance', '.4g', 'variance_error')} "
+            f"| {show('v_score', '.2e', 'v_score_error')} | {double} |"
         )
 
     lines += [row(f"**{g}, all seeds**", found) for g, found in numbers.items()]
-    lines += [row(n, summarize(system, known, [r])) for n, r in final.items()]
+    lines += [row(n, found) for n, found in seeds.items()]
     if known.energy is not None:
         double = (known.observables or {}).get("double_occupancy")
         shown = "–" if double is None else f"{double:.6f}"
         per_site = known.energy / system.n_sites
-        lines.append(f"| {known.source} | {per_site:.6f} | 0 | 0 | 0 | {shown} |")
+        none = "0" if abs(known.energy) > ROUNDING else "–"
+        lines.append(f"| {known.source} | {per_site:.6f} | {none} | 0 | 0 | {shown} |")
     for each in known.references:
         error = f" ± {each.error}" if each.error else ""
         lines.append(f"| {each.source} | {each.energy_per_site}{error} | | | | |")
@@ -188,7 +271,7 @@ def _chains(final) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {r['acceptance']:.3f} | {r['r_hat']:.4f} "
+        f"| {name} | {r['acceptance']:.3f} | {_show(r['r_hat'], '.4f')} "
         f"| {r['autocorrelation_time']:.2f} | {r['connected']:.1f} | {r['samples']} "
         f"| {r['bad_samples']} |"
         for name, r in final.items()
@@ -198,16 +281,17 @@ def _chains(final) -> str:
 
 def _timing(runs) -> str:
     lines = [
-        "| | from command to first step (s) | steps per second | peak memory (MB) | devices |",
-        "|---|---|---|---|---|",
+        "| | from command to first step (s) | from its own start to first step (s) "
+        "| steps per second | peak memory (MB) | devices |",
+        "|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
         t = run.timing
         if t:
-            rate = t["steps_per_second"]
             lines.append(
-                f"| {name} | {t['seconds_from_command_to_first_step']:.1f} "
-                f"| {'–' if rate is None else f'{rate:.3g}'} "
+                f"| {name} | {_show(t.get('seconds_from_command_to_first_step'), '.1f')} "
+                f"| {_show(t.get('seconds_to_first_step'), '.1f')} "
+                f"| {_show(t['steps_per_second'], '.3g')} "
                 f"| {t['peak_host_memory_mb']:.0f} | {t['devices']} |"
             )
     return "\n".join(lines)

@@ -239,14 +239,15 @@ def test_a_second_process_in_the_same_workdir_is_refused(tmp_path):
         process.communicate()
 
 
-def test_two_processes_follow_one(tmp_path):
+def pair(*flags):
+    """Two processes of one command."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    both = [
+    return [
         start(
             TOY,
-            f"--workdir={tmp_path}/two",
+            *flags,
             env=environment(
                 JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
                 JAX_NUM_PROCESSES="2",
@@ -256,8 +257,16 @@ def test_two_processes_follow_one(tmp_path):
         )
         for i in range(2)
     ]
+
+
+def ended(both, code=0):
     said = [p.communicate(timeout=200) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
+    assert [p.returncode for p in both] == [code, code], said
+    return said
+
+
+def test_two_processes_follow_one(tmp_path):
+    said = ended(pair(f"--workdir={tmp_path}/two"))
     assert "Toy:" in said[0][0]
     ours = [line for line in said[1][0].splitlines() if "Gloo" not in line]
     assert not ours  # Only the first process speaks.
@@ -271,3 +280,18 @@ def test_two_processes_follow_one(tmp_path):
         assert {k: two[k] for k in ("step", "split")} == {k: one[k] for k in ("step", "split")}
         for name in set(one) - {"step", "split", "list"}:
             assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def test_sigterm_to_one_of_two_processes_is_heard_by_both(tmp_path):
+    """In the second run of the command, after as many steps again."""
+    long = ["--config.n_seeds=2", "--config.steps=500", "--config.save_every=100"]
+    both = pair(f"--workdir={tmp_path}/w", *long)
+    wait_for(tmp_path / "w" / "seed1" / "checkpoints" / "[12]00", both[0])
+    both[1].send_signal(signal.SIGTERM)
+    said = ended(both, 143)
+    assert "Saved step" in said[0][1]
+    assert "Traceback" not in said[0][1] + said[1][1]
+    assert not list((tmp_path / "w" / "seed1" / "checkpoints").glob("500"))
+    ended(pair(f"--workdir={tmp_path}/w", *long))
+    ended(pair(f"--workdir={tmp_path}/whole", *long))
+    assert files(tmp_path / "w") == files(tmp_path / "whole")

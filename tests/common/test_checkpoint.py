@@ -1,5 +1,8 @@
 """Checkpoints: whole, checked, and readable on another mesh."""
 
+import errno
+import time
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -103,6 +106,70 @@ def test_damage_is_found_and_the_way_out_is_said(tmp_path, how):
         with pytest.raises(UserError, match=r"c/2 is damaged .* to continue from step 1\."):
             c.restore(2, shapes)
         c.restore(1, shapes)
+
+
+def test_a_reader_leaves_a_checkpoint_in_flight_alone(tmp_path):
+    shapes, state = on(1, tree())
+    with Checkpoints(tmp_path / "c") as c:
+        for step in (1, 2):
+            c.save(step, state)
+    flight = tmp_path / "c" / "3.orbax-checkpoint-tmp"
+    (flight / "d").mkdir(parents=True)
+    with Checkpoints(tmp_path / "c", keep=0) as c:
+        c.restore(2, shapes)
+    time.sleep(0.3)  # Orbax cleans up in the background.
+    assert flight.exists()
+    with Checkpoints(tmp_path / "c") as c:
+        c.save(4, state)  # Waits for it.
+    assert not flight.exists()
+
+
+def chained(cause):
+    def load(*_):
+        try:
+            raise cause
+        except type(cause) as error:
+            raise KeyError("incompatible handler") from error  # As Orbax does.
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        ValueError("INTERNAL: Error reading x: [OS error 5: EIO Input/output error]"),
+    ],
+)
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch, cause):
+    shapes, state = on(1, tree())
+    with Checkpoints(tmp_path / "c") as c:
+        c.save(1, state)
+        c.wait()
+        monkeypatch.setattr(type(c._manager), "load", chained(cause))
+        with pytest.raises(UserError, match=r"^Cannot read .*c/1: [A-Z][a-z /]+\.$"):
+            c.restore(1, shapes)
+
+
+@pytest.mark.parametrize(
+    "cause", [MemoryError(), ValueError("RESOURCE_EXHAUSTED: 9 GiB"), RuntimeError("a bug")]
+)
+def test_no_memory_and_bugs_are_no_damage(tmp_path, monkeypatch, cause):
+    shapes, state = on(1, tree())
+    with Checkpoints(tmp_path / "c") as c:
+        c.save(1, state)
+        c.wait()
+        load = chained(cause)
+        if isinstance(cause, RuntimeError):
+
+            def load(*_):
+                raise cause
+
+        monkeypatch.setattr(type(c._manager), "load", load)
+        with pytest.raises((KeyError, RuntimeError)):
+            c.restore(1, shapes)
 
 
 def test_disk_errors_are_recognised_in_a_chain():

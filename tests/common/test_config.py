@@ -50,6 +50,8 @@ def test_override_keeps_the_type(field, text, value):
         ("x64", "1", "config.x64 is '1', but must be True or False"),
         ("toy.pair", "3", "config.toy.pair is '3', but must be a tuple"),
         ("toy", "3", "config.toy is a group; set one of its fields"),
+        ("runs", "3", "config.runs is a group; it is empty here and filled in the config"),
+        ("size", "paper", "config.size cannot be set: say the size after the colon, --config="),
         ("steps.a", "3", "config.steps is a plain value and has no field 'a'"),
     ],
 )
@@ -94,6 +96,16 @@ def test_differences_ignore_what_a_resumed_run_may_change():
     assert configs.differences(new, old) == []
     new.toy.batch = 9
     assert configs.differences(new, old) == ["toy.batch is 9 here and 8 there"]
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]", "\xff"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        configs.read(path)
+    with pytest.raises(UserError, match="Cannot read"):
+        configs.read(tmp_path / "none.json")
 
 
 def test_restore_gives_back_what_json_lost():

@@ -21,15 +21,16 @@ class Never:
     """A `Stop` that nobody signals, or that asks to leave at one step."""
 
     def __init__(self, at=None):
-        self.at = at
+        self.at, self.asked = at, 0
 
     def after_step(self):
         import contextlib
 
         return contextlib.nullcontext()
 
-    def requested(self, step):
-        return 143 if step == self.at else 0
+    def requested(self):
+        self.asked += 1
+        return 143 if self.asked == self.at else 0
 
 
 def config(devices=1, **changes):
@@ -123,6 +124,56 @@ def test_one_compilation_and_a_sane_clock(tmp_path):
     assert run.timing["steps_timed"] == 29
     assert run.timing["steps_per_second"] > 0
     assert 0 < run.timing["peak_host_memory_mb"] < 1e6
+
+
+def test_only_the_first_run_of_a_command_knows_its_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop._Clock, "measured_command", False)
+    first, second = (train(tmp_path / n, steps=2).timing for n in "ab")
+    assert first["seconds_from_command_to_first_step"] > first["seconds_to_first_step"] > 0
+    assert second["seconds_from_command_to_first_step"] is None
+    assert second["seconds_in_all"] > second["seconds_to_first_step"] > 0
+
+
+def test_the_host_stays_within_two_steps_of_the_device(tmp_path, monkeypatch):
+    """Step n + 1 is dispatched after step n - 1 ended, and while n may still run; batch
+    n + 1 does not wait for it."""
+    events = []
+    made = toy.make(config())
+    monkeypatch.setattr(loop, "stepper", lambda *_: numbered(events))
+    monkeypatch.setattr(loop.jax, "block_until_ready", lambda v: events.append(("wait", v)))
+    monkeypatch.setattr(loop.Checkpoints, "save", lambda *_: None)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "a", Never(5), experiment=batches(made, events), log_every=30)
+    events = [e for e in events if e != ("wait", None)]
+    for n in range(2, 5):
+        dispatched, made_next = events.index(("step", n)), events.index(("batch", n + 1))
+        assert events.index(("wait", {"n": n - 2})) < dispatched < made_next
+        assert made_next < events.index(("wait", {"n": n - 1}))
+
+
+def numbered(events):
+    def step(state, batch, key, number):
+        events.append(("step", int(number)))
+        return state, {"n": int(number)}
+
+    return step
+
+
+def batches(made, events):
+    def batch(step):
+        events.append(("batch", step))
+        return made.batch(step)
+
+    return made._replace(batch=batch)
+
+
+def test_the_first_process_decides_about_a_missing_evaluation(tmp_path, monkeypatch):
+    whole = train(tmp_path / "a")
+    monkeypatch.setattr(metrics, "read", lambda path: [])  # A host that sees an old file.
+    monkeypatch.setattr(loop.pod, "agreed", lambda value: value if value > 1 else 0)
+    monkeypatch.setattr(loop._Work, "evaluate", lambda *_: pytest.fail("evaluated alone"))
+    train(tmp_path / "a")
+    assert whole.rows
 
 
 def test_adopt_takes_the_weights_and_nothing_else(tmp_path):

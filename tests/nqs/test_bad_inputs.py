@@ -111,6 +111,8 @@ def test_bad_values_are_refused_by_name_value_and_remedy(field, value, allowed):
         (dict(lattice=dict(Lx=1, bc_x="periodic")), "lattice.bc_x"),
         (dict(lattice=dict(Ly=1, bc_y="antiperiodic")), "lattice.bc_y"),
         (dict(model=dict(n_up=0, n_dn=0)), "model.n_up"),
+        (dict(pinning=dict(h=0.05)), "pinning.pattern"),
+        (dict(pinning=dict(pattern="neel")), "pinning.h"),
         (dict(ansatz=dict(name="nnb", mlp_hidden=0)), "ansatz.mlp_hidden"),
         (dict(ansatz=dict(name="nnb", mlp_layers=0)), "ansatz.mlp_layers"),
         (dict(optim=dict(name="adam", learning_rate=0.0)), "optim.learning_rate"),

@@ -165,3 +165,21 @@ def test_ground_states_are_orthogonal_eigenvectors_in_the_sequence_of_states(h, 
 def test_a_sector_that_is_too_large_is_refused_in_words():
     with pytest.raises(UserError, match=r"\(5, 5\).*has 19,079,424 states; .* 60,000"):
         exact.ground_state(cluster(4, 4, 5, 5, "PP"))
+
+
+@pytest.mark.parametrize(
+    ("h", "want"),
+    [
+        (cluster(3, 2, 3, 3, "PO", U=8.0), False),
+        (cluster(4, 2, 4, 4, "PO", U=8.0), False),
+        (cluster(4, 2, 3, 3, "PO", U=8.0), True),  # Two momenta, +k and -k.
+        (cluster(4, 1, 2, 2, t=0.0), True),
+        (cluster(4, 2, 2, 2, "PO", t=0.0), True),  # By Lanczos.
+        (cluster(3, 1, 1, 0, "PO", t=-1.0), True),
+        (cluster(2, 1, 2, 2), False),  # One state.
+    ],
+    ids=lambda a: getattr(a, "label", str(a)),
+)
+def test_degenerate_ground_states_are_recognised(h, want):
+    energies, _ = exact.ground_state(h, min(2, exact.n_states(h)))
+    assert exact.degenerate(h, energies) is want

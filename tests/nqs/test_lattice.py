@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from nqs import references
 from tests.nqs import brute
 from tests.nqs.clusters import cluster
@@ -79,7 +80,16 @@ def test_pinning_fields_are_staggered_and_opposite_for_the_spins():
             want = 0.15 * (-1) ** (i + j + i // 4) * edge
             assert stripe[2 * i + j] == pytest.approx(want)
             assert stripe[16 + 2 * i + j] == pytest.approx(-want)
-    assert not cluster(3, 4, 2, 2, h=0.3, pattern="none").field.any()
+    assert not cluster(3, 4, 2, 2, h=0.0, pattern="none").field.any()
+
+
+@pytest.mark.parametrize(
+    ("h", "pattern", "field"),
+    [(0.05, "none", "pattern"), (0.0, "neel", "h"), (0.0, "stripe", "h")],
+)
+def test_a_field_that_would_silently_be_none_is_refused(h, pattern, field):
+    with pytest.raises(UserError, match=rf"config\.pinning\.{field} is .*, but must be "):
+        cluster(3, 4, 2, 2, h=h, pattern=pattern)
 
 
 def table_of(key):

@@ -20,12 +20,11 @@ def sites(h):
 
 
 def displacement(h, a, b):
-    """From site a to site b: modulo the lattice where it wraps; None if negative."""
-    r = [
-        y - x if bc == "open" else (y - x) % size
+    """From site a to site b: modulo the lattice where it wraps, else without its sign."""
+    return tuple(
+        abs(y - x) if bc == "open" else (y - x) % size
         for x, y, size, bc in zip(a, b, h.shape, h.boundary, strict=True)
-    ]
-    return None if min(r) < 0 else tuple(r)
+    )
 
 
 def distance(h, a, b):
@@ -38,13 +37,11 @@ def distance(h, a, b):
 
 
 def correlation(h, pairs):
-    """(1/N) Σ_i pairs[i, i + r] for each r, in the order of sites; pairs [N, N]."""
-    found = dict.fromkeys(sites(h), 0.0)
+    """Mean of pairs[i, j] for each displacement, in the order of sites; pairs [N, N]."""
+    found = {r: [] for r in sites(h)}
     for (i, a), (j, b) in itertools.product(enumerate(sites(h)), repeat=2):
-        r = displacement(h, a, b)
-        if r is not None:
-            found[r] += pairs[i, j] / h.n_sites
-    return np.array(list(found.values()))
+        found[displacement(h, a, b)].append(pairs[i, j])
+    return np.array([np.mean(each) for each in found.values()])
 
 
 def random_walkers(h, n=50, seed=0):
@@ -64,8 +61,7 @@ def test_geometry_is_that_of_the_lattice(Lx, Ly, bc):
     assert (np.diff(g.distances) > 1e-6).all()
     assert g.distances[0] == 0
     for (i, a), (j, b) in itertools.product(enumerate(sites(h)), repeat=2):
-        r = displacement(h, a, b)
-        assert g.shift[i, j] == (h.n_sites if r is None else order[r])
+        assert g.shift[i, j] == order[displacement(h, a, b)]
         assert g.distances[g.shell[i, j]] == pytest.approx(distance(h, a, b), abs=1e-8)
 
 
@@ -94,6 +90,29 @@ def test_connected_correlations_subtract_the_product_of_densities(Lx, Ly, bc):
     covariance = np.cov(n.T, bias=True)
     got = obs.connected(obs.geometry(h), d.charge, density)
     np.testing.assert_allclose(got, correlation(h, covariance), atol=1e-13)
+
+
+@every
+def test_order_over_the_whole_lattice_does_not_decay(Lx, Ly, bc):
+    """A Neel state: |C_s| is 1/4 at every distance, whatever the boundaries."""
+    h = cluster(Lx, Ly, 1, 1, bc)
+    sign = np.array([(-1) ** (i + j) for i, j in sites(h)])
+    if any(size % 2 and b != "open" for size, b in zip(h.shape, h.boundary, strict=True)):
+        sign = np.ones_like(sign)  # No room for a staggered one: all up.
+    x = np.concatenate([sign > 0, sign < 0])[None].astype(np.int8)
+    want = sign / 4
+    np.testing.assert_allclose(diagonal(h, x).spin, want)
+    if exact.n_states(h) <= 144:
+        pure = np.outer(sign, sign) / 4
+        np.testing.assert_allclose(exact._by_shift(h, pure).ravel(), want)
+
+
+@every
+def test_the_uniform_share_is_that_of_a_head_that_looks_everywhere(Lx, Ly, bc):
+    h = cluster(Lx, Ly, 1, 1, bc)
+    g, n = obs.geometry(h), h.n_sites
+    share, _ = obs.attention_profile(g, jnp.full((1, 1, n, n), 1 / n))
+    np.testing.assert_allclose(obs.uniform_share(g), share[0, 0], rtol=1e-5)
 
 
 def test_spin_and_charge_sum_rules_on_a_periodic_lattice():

@@ -84,6 +84,24 @@ def test_large_clusters_reach_the_published_energies(size, n, published):
     assert published - 0.005 < energy < published + 0.0005
 
 
+def overlaps(orbitals):
+    return np.linalg.det(np.einsum("aim,bin->abmn", orbitals, orbitals))
+
+
+def test_solutions_differ_as_long_as_there_are_any():
+    """Half filling has two, the two staggered orders; a doped cluster has many."""
+    filled = overlaps(solve(cluster(4, 4, 8, 8, "PP", U=8.0), 2).orbitals)
+    assert abs(filled[0, 1]) < 0.5
+    doped = overlaps(solve(cluster(4, 2, 3, 3, "PO", U=8.0), 8).orbitals)
+    assert np.linalg.matrix_rank(doped, tol=1e-2) == 8
+
+
+def test_equal_solutions_do_not_cancel():
+    found = solve(cluster(4, 4, 5, 5, "PP", U=2.0), 8)
+    np.testing.assert_allclose(found.energy, found.energy[0], rtol=1e-6)
+    np.testing.assert_allclose(overlaps(found.orbitals), 1, atol=1e-2)
+
+
 def build(h, name, **changes):
     c = config(ansatz=dict(name=name, **changes))
     return wave.build(

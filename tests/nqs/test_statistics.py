@@ -67,6 +67,59 @@ def test_blocked_error_takes_the_largest_level_of_at_least_sixteen_blocks():
     assert error == levels[0]
 
 
+@pytest.mark.parametrize("a", [0.0, 0.5, 0.8])
+def test_errors_of_short_correlated_chains_are_true_ones(a):
+    """128 measurements of 512 walkers: too few to block, as an evaluation is."""
+    true = np.sqrt(variance_of_mean(a, 128) / 512)
+    pooled, means, blocked = [], [], []
+    for seed in range(50):
+        x = ar1(a, 128, 512, seed)
+        tau = stats.autocorrelation_time(stats.autocorrelation(x))
+        pooled.append(stats.chains_error(x)[0])
+        means.append(stats.correlated_error(x.mean(axis=1), tau))
+        blocked.append(stats.blocked_error(x.mean(axis=1))[0])
+        assert pooled[-1] >= blocked[-1]
+        assert means[-1] >= blocked[-1]
+    assert 0.9 < np.mean(pooled) / true < 1.2
+    assert 0.9 < np.mean(means) / true < 1.2
+    if a == 0.8:
+        assert np.mean(blocked) / true < 0.8  # Which is why blocking is not enough.
+
+
+def test_the_error_of_few_measurements_is_that_between_walkers():
+    x = ar1(0.95, 8, 400)
+    error, levels = stats.chains_error(x)
+    assert error == pytest.approx(x.mean(axis=0).std(ddof=1) / 20)
+    np.testing.assert_array_equal(levels, stats.blocked_error(x.mean(axis=1))[1])
+    together = x + np.linspace(0, 50, 8)[:, None]  # All walkers drift: only time tells.
+    assert stats.chains_error(together)[0] == stats.blocked_error(together.mean(axis=1))[0]
+
+
+def test_the_errors_of_single_series_use_the_larger_time():
+    x = ar1(0.0, 1000, 1)[:, 0]
+    naive = x.std(ddof=1) / np.sqrt(1000)
+    assert stats.correlated_error(x, 50.0) == pytest.approx(naive * 10 * np.sqrt(999 / 900))
+    slow = ar1(0.9, 4000, 40, seed=3)
+    own = np.mean([stats.correlated_error(c) for c in slow.T])
+    assert own == pytest.approx(np.sqrt(19 / 4000), rel=0.15)
+    assert stats.correlated_error(np.ones(64), 3.0) == 0
+
+
+def test_missing_samples_are_left_out_of_everything():
+    x = 3 + ar1(0.6, 128, 200)
+    holes = np.where(np.random.default_rng(1).random(x.shape) < 0.05, np.nan, x)
+    holes[5] = np.inf  # A whole measurement,
+    holes[:, 7] = np.nan  # and a whole walker.
+    assert stats.chains_error(holes)[0] == pytest.approx(stats.chains_error(x)[0], rel=0.1)
+    rho = stats.autocorrelation(holes)
+    np.testing.assert_allclose(rho[:8], stats.autocorrelation(x)[:8], atol=0.02)
+    assert stats.split_r_hat(holes) == pytest.approx(stats.split_r_hat(x), abs=0.01)
+    small = np.array([[1.0, 2.0], [np.nan, 5.0], [4.0, 0.0]])
+    y = np.nan_to_num(small - 2.4)
+    want = np.array([np.sum(y**2) / 5, (y[0, 1] * y[1, 1] + y[1, 1] * y[2, 1]) / 2])
+    np.testing.assert_allclose(stats.autocorrelation(small)[:2], want / want[0])
+
+
 def test_a_constant_series_has_no_error_and_a_single_value_none_that_is_known():
     assert stats.blocked_error(np.full(100, 3.0))[0] == 0
     error, levels = stats.blocked_error(np.array([1.0]))
@@ -144,6 +197,23 @@ def test_v_score_is_that_of_its_definition():
     assert stats.v_score(-16.0, 2.0, 12, 8.0) == pytest.approx(12 * 0.5 / 144)
 
 
+def test_the_v_score_of_an_eigenstate_is_zero_wherever_its_energy_lies():
+    assert stats.v_score(48.0, 0.0, 12, 48.0) == 0
+    assert stats.v_score(48.0, 1e-26, 12, 48.0 + 1e-13) == 0  # To rounding.
+    assert stats.v_score(0.0, 0.0, 12, 0.0) == 0
+    assert stats.v_score(48.0, 0.1, 12, 48.0) == np.inf
+    assert stats.v_score_error(48.0, 0.1, 0.0, 0.0, 12, 48.0) == 0
+    assert stats.v_score_error(48.0, 0.1, 0.1, 0.0, 12, 48.0) == np.inf
+
+
+def test_the_error_of_the_v_score_is_propagated():
+    rng = np.random.default_rng(0)
+    energies, variances = rng.normal(-8, 0.05, 20_000), rng.normal(0.5, 0.02, 20_000)
+    draws = [stats.v_score(e, v, 12, 4.0) for e, v in zip(energies, variances, strict=True)]
+    got = stats.v_score_error(-8.0, 0.05, 0.5, 0.02, 12, 4.0)
+    assert got == pytest.approx(np.std(draws), rel=0.03)
+
+
 def test_combine_takes_the_larger_of_scatter_and_own_errors():
     values = np.array([1.0, 2.0, 6.0])
     mean, error = stats.combine(values, np.full(3, 1e-3))
@@ -164,6 +234,9 @@ def test_combine_takes_the_larger_of_scatter_and_own_errors():
         (1.5, 0.0, "1.500000"),
         (1.5, float("nan"), "1.500000"),
         (1.5, float("inf"), "1.500000"),
+        (1.5, None, "1.500000"),
+        (None, None, "–"),
+        (float("nan"), 0.1, "–"),
     ],
 )
 def test_digits_by_example(value, error, text):

@@ -1,0 +1,121 @@
+"""What the runner refuses, and that a refusal leaves the workdir usable."""
+
+import errno
+import fcntl
+import json
+import time
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from common import config as configs
+from common import pod, runner
+from common.errors import UserError
+from tests import toy
+from tests.common.test_loop import Never
+
+TOY = "tests/toy_config.py"
+
+
+@pytest.fixture(autouse=True)
+def _no_signals(monkeypatch):
+    monkeypatch.setattr(runner, "Stop", Never)
+
+
+def config(**changes):
+    made = configs.load(TOY)
+    made.mesh.data = 1
+    configs.apply(made, dict(steps=2) | changes)
+    return made
+
+
+def test_a_misspelt_donor_leaves_the_workdir_to_the_right_one(tmp_path):
+    runner.run(config(), tmp_path / "donor")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    work = tmp_path / "w"
+    for wrong in ("donor/seed1", "empty"):
+        with pytest.raises(UserError, match=r"init_from is .* must be a run's folder"):
+            runner.run(config(init_from=str(tmp_path / wrong)), work)
+        assert not work.exists()
+    runner.run(config(init_from=str(tmp_path / "donor" / "seed0")), work)
+    assert (work / "seed0" / "checkpoints" / "2").exists()
+
+
+def test_an_experiment_that_cannot_adopt_says_so_first(tmp_path, monkeypatch):
+    runner.run(config(), tmp_path / "donor")
+    monkeypatch.setattr(runner, "make", lambda c: toy.make(c)._replace(adopt=None))
+    with pytest.raises(UserError, match="cannot adopt"):
+        runner.run(config(init_from=str(tmp_path / "donor" / "seed0")), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_variant_may_start_from_one_before_it(tmp_path):
+    made = config()
+    made.unlock()
+    made.runs = {"a": {}, "b": {"init_from": "a-seed0"}}
+    made.lock()
+    runner.run(made, tmp_path / "w")
+    assert (tmp_path / "w" / "b-seed0" / "checkpoints" / "2").exists()
+
+
+def test_damaged_configs_are_named(tmp_path):
+    runner.run(config(), tmp_path / "w")
+    (tmp_path / "w" / "seed0" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"seed0/config\.json is damaged"):
+        runner.run(config(init_from=str(tmp_path / "w" / "seed0")), tmp_path / "new")
+    (tmp_path / "w" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"w/config\.json is damaged"):
+        runner.act(config(), tmp_path / "w", "predict", "", ())
+
+
+def test_reading_a_run_leaves_the_checkpoint_in_flight(tmp_path):
+    runner.run(config(), tmp_path / "w")
+    flight = tmp_path / "w" / "seed0" / "checkpoints" / "3.orbax-checkpoint-tmp"
+    flight.mkdir()
+    made = config()
+    runner.load(toy.make(made), made, tmp_path / "w" / "seed0", "seed0").state()
+    time.sleep(0.3)  # Orbax cleans up in the background.
+    assert flight.exists()
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    runner.run(config(), tmp_path / "w")
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "w" / "summary.json").read_text())
+
+
+def test_model_devices_need_something_to_split(tmp_path, monkeypatch):
+    both = config(mesh=dict(model=2))
+    with pytest.raises(UserError, match=r"config\.mesh\.model is 2, but must be 1: this"):
+        runner.run(both, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    rules = (("kernel$", P(None, ("data", "model"))),)
+    runner._check_mesh(toy.make(both)._replace(rules=rules), both)
+    runner._check_mesh(toy.make(config()), config())
+
+
+def test_a_signal_between_runs_ends_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Stop", lambda: Never(3))  # Two steps, then the run's end.
+    with pytest.raises(SystemExit) as stopped:
+        runner.run(config(n_seeds=2), tmp_path / "w")
+    assert stopped.value.code == 143
+    assert (tmp_path / "w" / "seed0" / "checkpoints" / "2").exists()
+    assert not (tmp_path / "w" / "seed1").exists()
+
+
+def test_every_failure_of_the_first_process_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(pod, "agreed", lambda value: told.append(value) or value)
+    with pytest.raises(ZeroDivisionError):
+        pod.first(lambda: 1 / 0)
+    assert told == [True]
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(pod, "agreed", lambda value: 1)
+    with pytest.raises(UserError, match="first process refused"):
+        pod.first(lambda: pytest.fail("called on another process"))
