@@ -78,6 +78,21 @@ def exact_observables(h: Hubbard, vector: np.ndarray) -> dict:
     }
 
 
+def level_observables(h: Hubbard, vectors: np.ndarray) -> dict:
+    """What `exact_observables` gives for a whole level; NaN where it depends on the vector.
+
+    Numbers that two states share with their sum and their difference count as common.
+
+    Args:
+      vectors: [n_states, 2], of one degenerate level, orthonormal.
+    """
+    a, b = vectors.T
+    states = (a, b, (a + b) / np.sqrt(2), (a - b) / np.sqrt(2))
+    first, *others = [exact_observables(h, state) for state in states]
+    spread = {k: sum(np.abs(first[k] - other[k]) for other in others) for k in first}
+    return {k: np.where(spread[k] < 1e-7, value, np.nan) for k, value in first.items()}
+
+
 def _by_shift(h: Hubbard, pairs: np.ndarray) -> np.ndarray:
     """Means of pairs[i, j] over all (i, j) with j - i = r, of either sign where open."""
     found, count = np.zeros(h.shape), np.zeros(h.shape)

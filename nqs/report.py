@@ -23,7 +23,7 @@ class Truth(NamedTuple):
 
     energy: float | None  # Total; None if nobody knows.
     source: str
-    observables: dict | None  # Of `exact.exact_observables`; None if degenerate.
+    observables: dict | None  # Of `exact.exact_observables`, or of a degenerate level.
     references: list
 
 
@@ -32,9 +32,10 @@ def truth(system) -> Truth:
     known = references.lookup(system)
     if exact.n_states(system) <= exact.MAX_STATES:
         energies, vectors = exact.ground_state(system, min(2, exact.n_states(system)))
-        source, seen = "exact diagonalisation, here", None
+        source = "exact diagonalisation, here"
         if exact.degenerate(system, energies):
-            source += "; degenerate, so that observables have no one value"
+            source += ", degenerate"
+            seen = exact.level_observables(system, vectors)
         else:
             seen = exact.exact_observables(system, vectors[:, 0])
         return Truth(float(energies[0]), source, seen, known)
@@ -254,7 +255,7 @@ def _energies(system, known, numbers, seeds) -> str:
     lines += [row(n, found) for n, found in seeds.items()]
     if known.energy is not None:
         double = (known.observables or {}).get("double_occupancy")
-        shown = "–" if double is None else f"{double:.6f}"
+        shown = "–" if double is None or not np.isfinite(double) else f"{double:.6f}"
         per_site = known.energy / system.n_sites
         none = "0" if abs(known.energy) > ROUNDING else "–"
         lines.append(f"| {known.source} | {per_site:.6f} | {none} | 0 | 0 | {shown} |")
