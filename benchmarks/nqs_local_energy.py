@@ -35,7 +35,7 @@ def main(size: str = "4x4_doped", walkers: str = "256", repeats: str = "7") -> N
         n_sites=system.n_sites,
         n_electrons=system.n_electrons,
         dtype=config.precision.net,
-        linalg=config.precision.linalg,
+        determinants=config.precision.determinants,
         **config.ansatz,
     )
     start, weights = jax.random.split(jax.random.key(0))

@@ -3,13 +3,14 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from common import loop
 from common import mesh as meshes
+from common.errors import UserError
 from common.experiment import Experiment
 
 
@@ -23,13 +24,22 @@ class Cost(NamedTuple):
     flops: dict[str, float]  # By part, all devices together, where the experiment knows.
 
 
-def compile_step(experiment: Experiment, config: Any) -> Cost:
+def compile_step(experiment: Experiment, config: Any, topology: str = "") -> Cost:
     """Compiles the step for the config's mesh from shapes alone.
 
     FLOPs are the experiment's own count where it has one; XLA's counts the body of a loop
     once, whatever its length.
+
+    Args:
+      topology: TPUs to compile for, such as "v5e:4x4", without having them; empty for
+        the devices that are here.
+
+    Raises:
+      UserError: the topology is not known, libtpu is not installed, the devices do not
+        divide the state, or the compiler refuses the step.
     """
-    mesh = meshes.make(**config.mesh)
+    devices = tpus(topology) if topology else None
+    mesh = meshes.make(**config.mesh, devices=devices)
     with jax.set_mesh(mesh):
         placed = loop.shapes(experiment, mesh)
         batch = jax.tree.map(
@@ -40,10 +50,17 @@ def compile_step(experiment: Experiment, config: Any) -> Cost:
             ),
             experiment.batch(0),
         )
-        lowered = loop.stepper(experiment, placed).lower(
-            placed, batch, jax.random.key(0), jnp.uint32(0)
-        )
-        compiled = lowered.compile()
+        # Nothing may be computed here: these devices may not exist.
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        number = jax.ShapeDtypeStruct((), np.dtype("uint32"))
+        lowered = loop.stepper(experiment, placed).lower(placed, batch, key, number)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise UserError(
+                f"The step does not compile for {mesh.size} devices: {reason}"
+            ) from error
     memory = compiled.memory_analysis()
     counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
     flops = experiment.cost() if experiment.cost else {}
@@ -55,6 +72,22 @@ def compile_step(experiment: Experiment, config: Any) -> Cost:
         temporary_bytes=memory.temp_size_in_bytes,
         flops=flops or {"compiled step, each loop body once": counted * mesh.size},
     )
+
+
+def tpus(topology: str) -> list:
+    """Descriptions of the chips of a TPU topology, such as "v5e:4x4"; none is needed.
+
+    Raises:
+      UserError: it is not known, or libtpu is not installed.
+    """
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"--input={topology} is no TPU topology to compile for, such as v5e:4x4, or the "
+            f"extra `tpu` is not installed: {reason}"
+        ) from error
 
 
 def describe(cost: Cost) -> str:

@@ -37,7 +37,7 @@ def keys(seed: int) -> Keys:
 
 def shapes(experiment: Experiment, mesh) -> Any:
     """The state as `ShapeDtypeStruct`s with their placement; allocates nothing."""
-    abstract = jax.eval_shape(experiment.init, jax.random.key(0))
+    abstract = jax.eval_shape(lambda: experiment.init(jax.random.key(0)))
     return meshes.place(abstract, experiment.rules, mesh)
 
 

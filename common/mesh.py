@@ -9,20 +9,21 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from common.errors import reject
+from common.errors import UserError, reject
 
 
-def make(data: int = -1, model: int = 1) -> Mesh:
+def make(data: int = -1, model: int = 1, devices: list | None = None) -> Mesh:
     """The mesh over all devices of all processes.
 
     Args:
       data: devices that share the batch; -1 for all that `model` leaves.
       model: devices that share one copy of the parameters.
+      devices: others than those that are here, to compile for.
 
     Raises:
       UserError: the devices do not divide so.
     """
-    devices = jax.devices()
+    devices = devices or jax.devices()
     if model < 1 or len(devices) % model:
         raise reject("mesh.model", model, f"a divisor of the {len(devices)} devices")
     data = len(devices) // model if data == -1 else data
@@ -53,12 +54,23 @@ def place(shapes: Any, rules: tuple, mesh: Mesh) -> Any:
       shapes: tree of anything with shape and dtype.
       rules: (regular expression, PartitionSpec) pairs.
       mesh: where to.
+
+    Raises:
+      UserError: the devices do not divide an axis that is to be split over them.
     """
 
     def placed(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
         sharding = NamedSharding(mesh, spec)
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError as error:
+            parts = ", ".join(f"{axis} = {n}" for axis, n in mesh.shape.items())
+            raise UserError(
+                f"{name} has the shape {leaf.shape}, which a mesh of {parts} devices cannot "
+                f"split by {spec}."
+            ) from error
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(placed, shapes)

@@ -37,14 +37,12 @@ def main(config, workdir: str, do: str, given: str, overrides: tuple) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return _leave(2)
-    except OSError as error:
-        if (reason := disk_error(error)) is None:
-            raise
-        print(f"error: Cannot use {workdir}: {reason}.", file=sys.stderr)
-        return _leave(2)
     except KeyboardInterrupt:
         return _leave(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and (reason := disk_error(error)):
+            print(f"error: Cannot use {workdir}: {reason}.", file=sys.stderr)
+            return _leave(2)
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
@@ -156,7 +154,8 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
     """`--do=NAME`: uses the finished runs of a workdir.
 
     The settings are those of the workdir, changed only by what stands on this command
-    line. `compile` needs no run: it compiles the step and prints what it would cost.
+    line. `compile` needs no run: it compiles the step, for the TPUs that `--input` describes
+    if it does, and prints what it would cost.
     """
     if jax.process_count() == 1:
         Stop()  # A signal ends the program without a traceback.
@@ -164,7 +163,7 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
         _check_shared(config)
         experiment = make(config)
         _check_mesh(experiment, config)
-        print(aot.describe(aot.compile_step(experiment, config)))
+        print(aot.describe(aot.compile_step(experiment, config, topology=given)))
         return
     # The experiment's own list first: a misspelt action matters more than a missing run.
     known = make(config).actions

@@ -4,7 +4,8 @@
     python main.py --config=configs/nqs.py:4x4_doped    # (7,7) on 4x4, periodic
     python main.py --config=configs/nqs.py:paper --do=compile   # 16x16: memory and FLOPs
 
-Sizes: test, small, 4x4, 4x4_doped, paper. Energies are in units of t.
+Sizes: test, small, 4x4, 4x4_doped, paper, paper_tpu (a TPU has no float64 determinants).
+Energies are in units of t.
 """
 
 from configs.base import at_size, base
@@ -61,7 +62,8 @@ def get_config(size: str = "small"):
         warmup=10,
         learning_rate=1e-3,  # of adam and sgd alone
     )
-    config.precision = dict(net="float32", linalg="float64")
+    # linalg: the optimizer's. A TPU has no float64 determinants: float32 there.
+    config.precision = dict(net="float32", determinants="float64", linalg="float64")
     # blocks measurements, sweeps apart, after thermalize sweeps, parameters frozen.
     config.eval = dict(blocks=128, sweeps=1, thermalize=20)
 
@@ -71,6 +73,25 @@ def get_config(size: str = "small"):
         steps=1200,
         save_every=100,
         n_seeds=1,
+    )
+    paper = dict(
+        steps=100_000,
+        log_every=50,
+        save_every=500,
+        n_seeds=1,
+        lattice=dict(Lx=16, Ly=16, bc_y="periodic"),
+        model=dict(n_up=112, n_dn=112),
+        ansatz=dict(d_model=256, n_layers=4, n_det=4),
+        sampler=dict(n_walkers=4096, thermalize=50),
+        eloc=dict(chunk=1024, score_chunk=64),
+        optim=dict(
+            damping=1e-3,
+            max_norm=0.316,
+            decay_start=8000,
+            decay_scale=8000.0,
+            warmup=50,
+        ),
+        eval=dict(blocks=256, thermalize=50),
     )
     sizes = dict(
         test=dict(
@@ -90,24 +111,11 @@ def get_config(size: str = "small"):
             "4x4": four | dict(model=dict(n_up=8, n_dn=8)),
             "4x4_doped": four | dict(model=dict(n_up=7, n_dn=7)),
         },
-        paper=dict(
-            steps=100_000,
-            log_every=50,
-            save_every=500,
-            n_seeds=1,
-            lattice=dict(Lx=16, Ly=16, bc_y="periodic"),
-            model=dict(n_up=112, n_dn=112),
-            ansatz=dict(d_model=256, n_layers=4, n_det=4),
-            sampler=dict(n_walkers=4096, thermalize=50),
-            eloc=dict(chunk=1024, score_chunk=64),
-            optim=dict(
-                damping=1e-3,
-                max_norm=0.316,
-                decay_start=8000,
-                decay_scale=8000.0,
-                warmup=50,
-            ),
-            eval=dict(blocks=256, thermalize=50),
+        paper=paper,
+        paper_tpu=paper
+        | dict(
+            x64=False,
+            precision=dict(determinants="float32", linalg="float32"),
         ),
     )
     return at_size(config, size, sizes)

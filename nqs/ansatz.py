@@ -62,7 +62,7 @@ def build(
     mlp_layers: int,
     embed_scale: float = 1.0,
     dtype: str = "float32",
-    linalg: str = "float64",
+    determinants: str = "float64",
 ) -> Ansatz:
     """The ansatz of a config. Only the fields that `name` needs are looked at.
 
@@ -74,7 +74,7 @@ def build(
         smaller, the less the orbitals depend on the configuration before training.
       mlp_hidden, mlp_layers: of the perceptron.
       dtype: of parameters and network.
-      linalg: of determinants and their sum.
+      determinants: of the determinants and their sum.
 
     Raises:
       UserError: unknown name, or sizes that do not fit.
@@ -96,7 +96,7 @@ def build(
 
     def log_psi(params: Params, x: Int[Array, " modes"]):
         rows = orbitals(params, x)[:, occupied(x, n_electrons), :]
-        return log_det_sum(rows.astype(linalg))
+        return log_det_sum(rows.astype(determinants))
 
     return Ansatz(init, log_psi, orbitals, anchor, attention)
 

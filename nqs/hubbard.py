@@ -45,6 +45,7 @@ class State(NamedTuple):
     params: Any
     opt: optax.OptState
     walkers: jax.Array  # int8 [B, 2N], split over the devices
+    skipped: jax.Array  # Steps that the optimizer refused to take, so far.
 
 
 def make(config) -> Experiment:
@@ -59,7 +60,7 @@ def make(config) -> Experiment:
         n_sites=system.n_sites,
         n_electrons=system.n_electrons,
         dtype=config.precision.net,
-        linalg=config.precision.linalg,
+        determinants=config.precision.determinants,
         **config.ansatz,
     )
     tx = variational(**config.optim, clip=config.eloc.clip, linalg=config.precision.linalg)
@@ -71,7 +72,7 @@ def make(config) -> Experiment:
         params = start.parameters(system, psi, weights, **config.start)
         walkers = scatter(scattered, n_walkers, system.n_sites, system.n_up, system.n_dn)
         walkers = parts.walk(params, walkers, walk, config.sampler.thermalize)
-        return State(params, tx.init(params), walkers)
+        return State(params, tx.init(params), walkers, jnp.zeros((), jnp.int32))
 
     def step(state, batch, key):
         del batch
@@ -83,8 +84,12 @@ def make(config) -> Experiment:
         params = optax.apply_updates(state.params, updates)
         # The optimizer leaves out a walker whose energy or whose score is not a number.
         good = jnp.isfinite(e) & jnp.isfinite(scores).all(axis=1)
-        more = {"bad_samples": jnp.sum(~good), "update_norm": optax.tree.norm(updates)}
-        return State(params, opt, x), found | more
+        moved = optax.tree.norm(updates)
+        # In an eigenstate there is nothing to do; elsewhere no step means a refused one.
+        rounding = 1e-12 * (1 + found["energy"] ** 2)
+        skipped = state.skipped + ((moved == 0) & (found["variance"] > rounding))
+        more = {"bad_samples": jnp.sum(~good), "update_norm": moved, "skipped": skipped}
+        return State(params, opt, x, skipped), found | more
 
     def adopt(fresh, donor):
         if _kind(fresh) != _kind(donor):
@@ -218,7 +223,7 @@ def _check(config) -> None:
         raise reject("eval.blocks", config.eval.blocks, "at least 8, for an error bar")
     if not 0 <= config.eloc.clip < float("inf"):
         raise reject("eloc.clip", config.eloc.clip, "a number from 0 (no clipping) up")
-    for field in ("net", "linalg"):
+    for field in ("net", "determinants", "linalg"):
         kind = config.precision[field]
         if kind not in ("float32", "float64"):
             raise reject(f"precision.{field}", kind, "float32 or float64")

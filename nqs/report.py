@@ -47,10 +47,11 @@ def truth(system) -> Truth:
 
 
 def headline(system, row: dict) -> str:
-    """Energy per site and acceptance, for the progress line."""
+    """Energy per site and acceptance, for the progress line; and what went wrong."""
     n = system.n_sites
     energy = stats.digits(row["energy"] / n, row["energy_error"] / n)
-    return f"E/N {energy}  var {row['variance']:.3g}  acc {row['acceptance']:.2f}"
+    skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
+    return f"E/N {energy}  var {row['variance']:.3g}  acc {row['acceptance']:.2f}{skipped}"
 
 
 def report(system, runs: dict[str, Run], folder: Path) -> Report:
@@ -71,6 +72,7 @@ def report(system, runs: dict[str, Run], folder: Path) -> Report:
         "system": system.label,
         "groups": numbers,
         "seeds": seeds,
+        "skipped_steps": {n: skipped(run) for n, run in runs.items()},
         "timing": {n: run.timing for n, run in runs.items()},
     }
     result = sentence(system, known, numbers[best], len(groups[best]))
@@ -82,7 +84,7 @@ def report(system, runs: dict[str, Run], folder: Path) -> Report:
             _energies(system, known, numbers, seeds),
             *([variational(seeds)] if known.energy is not None else []),
             "## The chains",
-            _chains(final),
+            _chains(final, runs),
             "## This machine",
             _timing(runs),
             "## Figures",
@@ -106,7 +108,7 @@ def evaluated(config, system, psi, parts, run: Run, folder: Path) -> str:
         draw.all_figures(system, known, {run.name: run}, {run.name: row}, folder)
     numbers = summarize(system, known, [row])
     seeds = {run.name: numbers}
-    tables = [_energies(system, known, {}, seeds), _chains({run.name: row})]
+    tables = [_energies(system, known, {}, seeds), _chains({run.name: row}, {run.name: run})]
     if known.energy is not None:
         tables.insert(1, variational(seeds))
     return "\n\n".join([sentence(system, known, numbers, 1), *tables])
@@ -265,16 +267,22 @@ def _energies(system, known, numbers, seeds) -> str:
     return "\n".join(lines)
 
 
-def _chains(final) -> str:
+def skipped(run: Run) -> int:
+    """Training steps that the optimizer refused: too many bad samples, or no number."""
+    _, counts = metrics.select(run.rows, "skipped")
+    return int(counts[-1]) if len(counts) else 0
+
+
+def _chains(final, runs) -> str:
     lines = [
         "| | acceptance | R-hat | autocorrelation time (sweeps) | allowed hops | samples "
-        "| bad samples |",
-        "|---|---|---|---|---|---|---|",
+        "| bad samples | skipped steps |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {name} | {r['acceptance']:.3f} | {_show(r['r_hat'], '.4f')} "
         f"| {r['autocorrelation_time']:.2f} | {r['connected']:.1f} | {r['samples']} "
-        f"| {r['bad_samples']} |"
+        f"| {r['bad_samples']} | {skipped(runs[name])} |"
         for name, r in final.items()
     ]
     return "\n".join(lines)

@@ -70,7 +70,7 @@ def test_ten_kills_at_random_moments_change_no_bit(tmp_path):
 
 def test_sigterm_saves_and_the_same_command_ends_the_same(tmp_path):
     work = tmp_path / "w"
-    some = ["--config.steps=40", "--config.save_every=10"]
+    some = ["--config.steps=200", "--config.save_every=10"]
     process = start(NQS, f"--workdir={work}", *some)
     wait_for(work / "seed0" / "checkpoints" / "10", process)
     process.send_signal(signal.SIGTERM)
@@ -118,7 +118,7 @@ def test_two_processes_of_two_devices_follow_one(tmp_path):
         (["--config.model.U=nan"], "config.model.U is nan, but must be a finite number"),
         (["--config.sampler.n_walkers=31"], "config.sampler.n_walkers is 31, but must be a"),
         (["--config.ansatz.n_heads=3"], "config.ansatz.n_heads is 3, but must be a divisor"),
-        (["--config.x64=False"], "config.precision.linalg is 'float64', but config.x64 is"),
+        (["--config.x64=False"], "config.precision.determinants is 'float64', but config.x64"),
         (["--config.lattice.bc_x=moebius"], "config.lattice.bc_x is 'moebius', but must be"),
     ],
 )

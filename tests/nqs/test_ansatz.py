@@ -22,9 +22,9 @@ SIZES = dict(d_model=8, n_heads=2, n_layers=2, n_det=3, mlp_hidden=5, mlp_layers
 X = brute.states(SITES, UP, DOWN)
 
 
-def build(name, dtype="float64", linalg="float64", **changes):
+def build(name, dtype="float64", determinants="float64", **changes):
     fields = dict(config().ansatz) | SIZES | changes | dict(name=name)
-    kinds = dict(dtype=dtype, linalg=linalg)
+    kinds = dict(dtype=dtype, determinants=determinants)
     return wave.build(n_sites=SITES, n_electrons=UP + DOWN, **fields, **kinds)
 
 
@@ -79,9 +79,9 @@ def amplitude(m, x):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("linalg", ["float32", "float64"])
-def test_shapes_and_dtypes(name, dtype, linalg):
-    psi = build(name, dtype, linalg)
+@pytest.mark.parametrize("determinants", ["float32", "float64"])
+def test_shapes_and_dtypes(name, dtype, determinants):
+    psi = build(name, dtype, determinants)
     with jax.enable_x64(True):
         params = jax.eval_shape(psi.init, jax.random.key(0))
         x = jax.ShapeDtypeStruct((2 * SITES,), jnp.int8)
@@ -90,7 +90,7 @@ def test_shapes_and_dtypes(name, dtype, linalg):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     assert (m.shape, m.dtype) == ((3, 2 * SITES, UP + DOWN), jnp.dtype(dtype))
     assert (sign.shape, log.shape) == ((), ())
-    assert sign.dtype == log.dtype == jnp.dtype(linalg)
+    assert sign.dtype == log.dtype == jnp.dtype(determinants)
 
 
 @pytest.mark.parametrize(("n_layers", "n_heads"), [(0, 1), (1, 1), (3, 4)])

@@ -75,6 +75,7 @@ BAD = [
     ("optim.preconditioner", "cube", "'sqrt' or 'quarter'"),
     ("precision.net", "bfloat16", "float32 or float64"),
     ("precision.linalg", "double", "float32 or float64"),
+    ("precision.determinants", "bfloat16", "float32 or float64"),
     ("mesh.data", "9", "from 1 to 8"),
     ("mesh.model", "3", "a divisor of the 8 devices"),
 ]
@@ -127,9 +128,12 @@ def test_bad_combinations_are_refused(changes, field):
     assert ", but must be " in sentence
 
 
-@pytest.mark.parametrize("field", ["net", "linalg"])
+FIELDS = ("net", "determinants", "linalg")
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_float64_without_x64_is_refused(field):
-    made = config(precision={"net": "float32", "linalg": "float32", field: "float64"})
+    made = config(precision={f: "float64" if f == field else "float32" for f in FIELDS})
     with pytest.raises(UserError, match=rf"config\.precision\.{field} is 'float64'.*x64"):
         hubbard.make(made)
 
@@ -178,7 +182,7 @@ def test_legal_oddities_take_a_finite_step(changes):
 
         after, values = jax.device_get(run(jax.random.key(0)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after, values)))
-    assert values["bad_samples"] == 0
+    assert values["bad_samples"] == values["skipped"] == 0
     n_up, n_dn = (part.sum(axis=1) for part in np.split(after.walkers, 2, axis=1))
     assert (n_up == c.model.n_up).all()
     assert (n_dn == c.model.n_dn).all()
@@ -209,6 +213,7 @@ def test_samples_on_a_node_are_counted_and_spoil_nothing():
     assert np.isfinite(values["energy"])
     # Too many are bad: there is no step, and neither optimizer nor parameters hold NaN.
     assert values["update_norm"] == 0
+    assert values["skipped"] == after.skipped == 1
     np.testing.assert_array_equal(after.params["orbitals"], state.params["orbitals"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 

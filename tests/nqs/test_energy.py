@@ -19,7 +19,7 @@ SIZES = dict(d_model=8, n_heads=2, n_layers=1, n_det=2, mlp_hidden=8, mlp_layers
 def build(name, h, **sizes):
     """An ansatz for a cluster, in float64."""
     fields = dict(config().ansatz) | SIZES | sizes | dict(name=name)
-    wide = dict(dtype="float64", linalg="float64")
+    wide = dict(dtype="float64", determinants="float64")
     return wave.build(n_sites=h.n_sites, n_electrons=h.n_electrons, **fields, **wide)
 
 

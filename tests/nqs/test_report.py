@@ -136,7 +136,16 @@ def test_walkers_that_never_move_have_no_r_hat_in_the_table():
     local = np.tile([1.0, 2.0, 3.0], (8, 1))
     row = evaluation.energy_figures(SYSTEM, local, 1) | {"acceptance": 0.0, "connected": 4.0}
     assert row["r_hat"] == math.inf
-    assert "| 0.000 | – |" in report._chains({"seed0": row})
+    rows = [dict(step=5, split="train", skipped=0), dict(step=10, split="train", skipped=3)]
+    table = report._chains({"seed0": row}, {"seed0": Run("seed0", None, rows, {}, None)})
+    assert "| 0.000 | – |" in table
+    assert table.endswith("| 24 | 0 | 3 |")
+
+
+def test_skipped_steps_show_while_it_runs():
+    row = dict(energy=-3.0, energy_error=0.1, variance=1.0, acceptance=0.5, skipped=0)
+    assert "skipped" not in report.headline(SYSTEM, row)
+    assert report.headline(SYSTEM, row | dict(skipped=7)).endswith("  7 steps skipped")
 
 
 def test_times_that_nobody_took_are_dashes():

@@ -33,7 +33,7 @@ def pieces(devices, **changes):
         n_sites=system.n_sites,
         n_electrons=system.n_electrons,
         dtype=c.precision.net,
-        linalg=c.precision.linalg,
+        determinants=c.precision.determinants,
         **c.ansatz,
     )
     params = jax.jit(psi.init)(jax.random.key(3))

@@ -108,7 +108,7 @@ def build(h, name, **changes):
         n_sites=h.n_sites,
         n_electrons=h.n_electrons,
         dtype="float64",
-        linalg="float64",
+        determinants="float64",
         **c.ansatz,
     )
 
