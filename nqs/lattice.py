@@ -8,8 +8,7 @@ Sites count s = i * Ly + j, modes run [up, down]; NetKet's run [down, up], and
 """
 
 import warnings
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import netket as nk
@@ -60,7 +59,7 @@ class Hubbard(NamedTuple):
         return f"Hubbard {lattice}, ({self.n_up}, {self.n_dn}) electrons, {units}{field}"
 
 
-def hubbard(*, lattice: Mapping, model: Mapping, pinning: Mapping) -> Hubbard:
+def hubbard(*, lattice: Any, model: Any, pinning: Any) -> Hubbard:
     """The cluster of a config.
 
     Args:

@@ -107,7 +107,7 @@ def _together(up, down, sign):
     return whole.at[:, :, 0].multiply(sign[:, None].astype(up.dtype))
 
 
-def _one_body(hubbard) -> tuple[np.ndarray, np.ndarray]:
+def _one_body(hubbard) -> tuple[jax.Array, jax.Array]:
     """Hopping matrix [N, N] and field [2, N] by spin, in the widest float there is."""
     n = hubbard.n_sites
     hopping = np.zeros((n, n))

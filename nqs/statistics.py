@@ -3,6 +3,8 @@
 Samples that are not finite are left out where a series has chains, never filled in.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
@@ -160,7 +162,7 @@ def v_score_error(
     return float(score * np.hypot(*parts))
 
 
-def combine(values: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
+def combine(values: Sequence, errors: Sequence) -> tuple[float, float]:
     """Mean over seeds, and its error: the larger of their scatter and their own errors."""
     values, errors = np.asarray(values, float), np.asarray(errors, float)
     n = len(values)
@@ -170,7 +172,7 @@ def combine(values: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(max(own, scatter))
 
 
-def digits(value: float, error: float) -> str:
+def digits(value: float | None, error: float | None) -> str:
     """`-0.74180(12)`: the error in units of the last digits; a dash for no number."""
     if value is None or not np.isfinite(value):
         return "–"

@@ -1,6 +1,12 @@
-"""Eight virtual devices and cheap compilation, set before anything loads JAX."""
+"""Eight virtual devices and cheap compilation, set before anything loads JAX.
+
+Our packages are imported under jaxtyping's hook: annotations of shapes and types that do
+not hold fail the test that calls them.
+"""
 
 import os
+
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -12,3 +18,6 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Kept as long as the tests run.
+HOOK = install_import_hook(["optim", "nqs"], "beartype.beartype")

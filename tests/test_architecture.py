@@ -102,3 +102,14 @@ def test_matplotlib_loads_with_a_report_only():
 def test_files_are_one_idea_long(path):
     assert len(path.read_text().splitlines()) <= 400
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def test_annotations_are_checked_while_tests_run():
+    """By the import hook of conftest.py: without it, untrue shapes would pass."""
+    import jaxtyping
+    import numpy as np
+
+    from nqs import statistics
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        statistics.blocked_error(np.zeros((3, 3)))
