@@ -162,7 +162,9 @@ def v_score_error(
     return float(score * np.hypot(*parts))
 
 
-def combine(values: Sequence, errors: Sequence) -> tuple[float, float]:
+def combine(
+    values: Sequence | np.ndarray, errors: Sequence | np.ndarray
+) -> tuple[float, float]:
     """Mean over seeds, and its error: the larger of their scatter and their own errors."""
     values, errors = np.asarray(values, float), np.asarray(errors, float)
     n = len(values)
