@@ -41,7 +41,7 @@ def figure(path: Path, columns: int = 1, rows: int = 1, **kwargs) -> Iterator:
     with plt.rc_context(STYLE):
         width, height = STYLE["figure.figsize"]
         size = (width * (1 if columns == 1 else 0.72 * columns), height * rows)
-        kwargs = {"figsize": size, **kwargs}
+        kwargs = {"figsize": size, "layout": "constrained", **kwargs}
         drawn, axes = plt.subplots(rows, columns, **kwargs)
         try:
             yield axes

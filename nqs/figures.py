@@ -51,7 +51,8 @@ def energy(system, known, runs, path: Path) -> tuple[str, str]:
             _log(axes[1])
             low = exact / n
             left.set_ylim(low - 0.05 * (abs(low) or 1), _top(runs, n, low))
-        left.set(xlabel="step", ylabel="E / N  (t)", title=system.label)
+        left.set(xlabel="step", ylabel="E / N  (t)")
+        left.figure.suptitle(system.label)
         left.legend()
     return path.name, "Energy per site of each training step, with the exact line"
 
@@ -206,7 +207,7 @@ def attention(system, row, path: Path) -> tuple[str, str]:
                 label=f"all sites alike: {system.n_sites} sites, mean |r| = {far:.2f}",
             )
             axis.set(xlabel="distance", title=f"layer {layer}")
-            axis.legend()
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
         axes[0][0].set_ylabel("share of attention")
     return path.name, (
         "How far each head looks; in the legend how many sites it spreads over, and its mean "
@@ -222,5 +223,7 @@ def _map(axis, values, title, colours):
         limit = dict(vmin=-top, vmax=top)
     shown = axis.imshow(values.T, origin="lower", cmap=colours, **limit)
     axis.set(title=title, xlabel="x", ylabel="y")
+    for each in (axis.xaxis, axis.yaxis):
+        each.get_major_locator().set_params(integer=True)
     axis.grid(False)
     axis.figure.colorbar(shown, ax=axis, shrink=0.8)
