@@ -1,7 +1,9 @@
 """What must be settled before the first array: precision, pod, caches, logging."""
 
 import os
+import sys
 import time
+from collections.abc import Callable
 from logging import CRITICAL, getLogger
 from pathlib import Path
 
@@ -39,11 +41,29 @@ def start(x64: bool) -> None:
     # Orbax has 60 lines a run to say, and prints the errors that it then raises.
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)
+    sys.unraisablehook = _but_closed_loops(sys.unraisablehook)
     jax.config.update("jax_enable_x64", x64)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_threefry_partitionable", True)
     _join_pod(jax)
+
+
+def _but_closed_loops(hook: Callable) -> Callable:
+    """`hook` for exceptions that nobody can catch, but for one of Orbax's threads.
+
+    After a failed read its event loop is closed while reads that are still on their way
+    want to report to it: a traceback beside the one sentence, and only sometimes.
+    """
+
+    def filtered(found):
+        closed = isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(
+            found.exc_value
+        )
+        if not closed:
+            hook(found)
+
+    return filtered
 
 
 def _join_pod(jax) -> None:

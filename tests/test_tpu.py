@@ -21,7 +21,7 @@ def libtpu():
     return pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
 
 
-@pytest.mark.parametrize("path", map(str, configs.listed()))
+@pytest.mark.parametrize("path", [str(path) for path in configs.listed()])
 def test_the_step_compiles_for_a_pod(path):
     libtpu()
     config = configs.load(f"{path}:test")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -80,3 +81,14 @@ def test_largest_is_on_every_device():
     found = pod.largest(7)
     assert int(np.asarray(found)) == 7
     assert found.sharding.is_fully_replicated
+
+
+def test_only_a_closed_event_loop_is_not_worth_a_traceback():
+    seen = []
+    hook = runtime._but_closed_loops(seen.append)
+    hook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+    assert not seen
+    others = [RuntimeError("another"), ValueError("Event loop is closed"), None]
+    for error in others:
+        hook(SimpleNamespace(exc_value=error))
+    assert [found.exc_value for found in seen] == others

@@ -1,0 +1,388 @@
+"""AlphaDecay: weight decay per module, from the heavy tail of its spectrum.
+
+He et al., "AlphaDecay: Module-wise Weight Decay for Heavy-Tailed Balancing in LLMs",
+NeurIPS 2025, arXiv:2506.14562. Every `every` steps the eigenvalues of W^T W of each module
+give its exponent (`exponents.hill_alpha`), and the exponents of the whole network are
+mapped onto decay ratios between s1 and s2 (`assignment.assign_decay`). The transformation
+adds decay * ratio * w to the updates, so its place in a chain decides the coupling:
+
+    decoupled (AdamW)   clip, scale_by_adam, alphadecay, learning rate
+    coupled (Adam, L2)  clip, alphadecay, scale_by_adam, learning rate
+
+    tx = optax.chain(optax.scale_by_adam(), alphadecay(0.1, modules=modules), optax.scale(-lr))
+
+State is arrays only, one alpha and one ratio per module, under the dotted path of its
+leaf. The spectrum is that of the parameters before the update of the same step.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from common.errors import reject
+from optim import assignment as assign
+from optim import exponents, spectra
+from optim.modules import Leaf, dotted, matrices, select, spread
+
+SCORES = ("alpha", "grad_norm", "frobenius", "spectral", "stable_rank", "alpha_hat")
+CORRECTIONS = ("none", "mp", "subsample")
+
+
+class AlphaDecayState(NamedTuple):
+    """Steps seen; of each module its score (usually alpha; NaN: none) and its ratio."""
+
+    count: Int[Array, ""]
+    alpha: dict[str, Float[Array, "..."]]
+    ratio: dict[str, Float[Array, "..."]]
+
+
+class _Settings(NamedTuple):
+    modules: Any
+    s1: float = 0.67
+    s2: float = 3.0
+    every: int = 500
+    offset: int = 0
+    decay_rest: Any = "base"
+    min_eigs: int = 50
+    exclude: tuple[str, ...] = ()
+    fit: str = "median"
+    tail: float = 0.5
+    reference: str = "mle"
+    assignment: str = "linear"
+    score: str = "alpha"
+    method: str = "auto"
+    refresh: str = "inline"
+    quantiles: tuple[float, float] = (0.0, 1.0)
+    normalize_mean: bool = False
+    ema: float = 0.0
+    shape_correction: str = "none"
+    slip: bool = False
+
+
+# What `optax.inject_hyperparams(alphadecay, static_args=STATIC)` must leave as it is.
+STATIC = _Settings._fields
+
+
+def alphadecay(
+    weight_decay: float | optax.Schedule, *, modules: Any, **settings
+) -> optax.GradientTransformationExtraArgs:
+    """Adds decay_i * w to the updates of every module i.
+
+    Args:
+      weight_decay: eta, a number or a schedule of the step; ratios multiply it.
+      modules: which leaves hold modules: (dotted path, leaf) -> `modules.Dims` or None, or
+        a tree like the parameters of such. `optax.contrib.MuonDimensionNumbers` will do.
+      s1, s2: ratios of the heaviest and of the lightest tail, 0 <= s1 <= s2.
+      every, offset: refreshes at step 0 and where (step + offset) % every == 0; the paper
+        has offset 0, its release 1.
+      decay_rest: of all other floating leaves: "base", eta, as the release does with
+        norms, embedding and head; "none"; or path -> bool.
+      min_eigs: modules with fewer eigenvalues keep eta.
+      exclude: modules that keep eta, by name, such as "blocks.q[0]"; the release leaves
+        out the first linear layer.
+      fit: "median", "goodness_of_fit" or "fix_finger"; slip: see `exponents`.
+      tail, reference: of the median fit.
+      assignment: "linear", "sqrt", "log2", "sigmoid" or "uniform".
+      score: "alpha"; "grad_norm", "frobenius", "spectral", "stable_rank", "alpha_hat" are
+        ablations. grad_norm reads the extra argument `gradient` of `update`, or else the
+        updates, which are the raw gradient only where this comes first in the chain.
+      method: of `spectra.esd`.
+      refresh: "inline", in the step, under a `lax.cond`; "external", the loop calls
+        `refresher` every so often. A vmapped step would refresh at every step inline.
+      quantiles: of the scores that stand for the extremes; outliers are clipped.
+      normalize_mean: rescale so that the mean over all selected parameters is 1.
+      ema: how much of the old scores stays at each refresh.
+      shape_correction: "mp" subtracts what a random matrix of the same shape has;
+        "subsample" fits pooled square windows (arXiv:2506.06280).
+
+    Raises:
+      UserError: a setting is out of range, or `modules` selects nothing or what is no
+        matrix.
+      ValueError: `update` without parameters (Optax's own), or a state of other modules.
+    """
+    s = checked(_Settings(modules, **settings))
+    if not callable(weight_decay) and isinstance(weight_decay, int | float):
+        _require("weight_decay", weight_decay, 0 <= weight_decay < np.inf, "finite, 0 or more")
+
+    def init(params):
+        leaves = _leaves(s, params)
+        one = lambda value: {a.name: jnp.full(a.modules, value, jnp.float32) for a in leaves}
+        return AlphaDecayState(jnp.zeros((), jnp.int32), one(jnp.nan), one(1.0))
+
+    def update(updates, state, params=None, *, gradient=None, **extra):
+        if params is None:
+            raise ValueError(optax.base.NO_PARAMS_MSG)
+        leaves = _leaves(s, params)
+        _same_modules(leaves, state)
+        count, alpha, ratio = state
+        if s.refresh == "inline" and not _is_zero(weight_decay):
+            due = (count == 0) | ((count + s.offset) % s.every == 0)
+            seen = updates if gradient is None else gradient
+            alpha, ratio = jax.lax.cond(
+                due,
+                lambda: _refreshed(s, leaves, params, seen, count, alpha, ratio),
+                lambda: (alpha, ratio),
+            )
+        base = weight_decay(count) if callable(weight_decay) else weight_decay
+        if not _is_zero(weight_decay):
+            updates = decayed(updates, params, base, leaves, ratio, s.decay_rest)
+        return updates, AlphaDecayState(optax.safe_increment(count), alpha, ratio)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def refresher(*, modules: Any, **settings) -> Callable[[Any, Any], Any]:
+    """(optimizer state, parameters) -> the state with fresh exponents and ratios.
+
+    For `refresh="external"`, with the settings of `alphadecay`. Jit it apart from the step;
+    the loop calls it before step 0 and then every `every` steps.
+    """
+    s = checked(_Settings(modules, **settings))
+    _require("score", s.score, s.score != "grad_norm", "computed from parameters alone")
+
+    def refresh(opt_state, params):
+        leaves = _leaves(s, params)
+
+        def one(state):
+            if not isinstance(state, AlphaDecayState):
+                return state
+            found = _refreshed(s, leaves, params, params, *state)
+            return AlphaDecayState(state.count, *found)
+
+        is_ours = lambda x: isinstance(x, AlphaDecayState)
+        return jax.tree.map(one, opt_state, is_leaf=is_ours)
+
+    return refresh
+
+
+def diagnostics(state: AlphaDecayState, leaves: list[Leaf], every: int) -> dict[str, Array]:
+    """Scalars for a log: exponents and ratios by module type, their range, the mean ratio.
+
+    Keys are alpha_TYPE, alpha_min_TYPE, ..., ratio_TYPE; types are the last name of a path
+    that says something. Modules without an exponent do not count; alpha is 0 where a type
+    has none.
+    """
+    kinds: dict[str, list[str]] = {}
+    for leaf in leaves:
+        kinds.setdefault(leaf.kind, []).append(leaf.name)
+    found = {}
+    for kind, names in kinds.items():
+        for what, values in (("alpha", state.alpha), ("ratio", state.ratio)):
+            each = jnp.concatenate([values[name].ravel() for name in names])
+            for how, reduce in (("", jnp.nanmean), ("min_", jnp.nanmin), ("max_", jnp.nanmax)):
+                found[f"{what}_{how}{kind}"] = jnp.nan_to_num(reduce(each))
+    every_alpha = _flat(leaves, state.alpha)
+    found["alpha_undefined"] = jnp.sum(jnp.isnan(every_alpha))
+    for name, reduce in (("alpha_min", jnp.nanmin), ("alpha_max", jnp.nanmax)):
+        found[name] = jnp.nan_to_num(reduce(every_alpha))
+    found["alpha_spread"] = found["alpha_max"] - found["alpha_min"]
+    sizes = _sizes(leaves)
+    found["ratio_mean"] = jnp.sum(sizes * _flat(leaves, state.ratio)) / sizes.sum()
+    found["since_refresh"] = (state.count - 1) % every
+    return found
+
+
+def decayed(updates, params, base, leaves: list[Leaf], ratio: dict, rest: Any = "base"):
+    """updates + base * ratio * params; `rest` as `decay_rest` of `alphadecay`."""
+    by_index = {leaf.index: leaf for leaf in leaves}
+    paths = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    given, tree = jax.tree.flatten(updates)
+    found = []
+    for i, (u, p) in enumerate(zip(given, jax.tree.leaves(params), strict=True)):
+        if i in by_index:
+            factor = base * spread(by_index[i], ratio[by_index[i].name])
+        elif not jnp.issubdtype(p.dtype, jnp.inexact) or not _rest(rest, paths[i]):
+            found.append(u)
+            continue
+        else:
+            factor = base
+        found.append((u + factor * p).astype(u.dtype))
+    return jax.tree.unflatten(tree, found)
+
+
+def scores(
+    s: Any, leaves: list[Leaf], weights: list[Array], gradients: list[Array]
+) -> list[Float[Array, "..."]]:
+    """One score per module of each leaf, [*modules]."""
+    if s.score == "grad_norm":
+        return [_norm(leaf, g) for leaf, g in zip(leaves, gradients, strict=True)]
+    if s.shape_correction == "subsample" and s.score in ("alpha", "alpha_hat"):
+        values = [_windows(leaf, w, s.method) for leaf, w in zip(leaves, weights, strict=True)]
+    else:
+        whole = s.fit != "median" or s.score in ("frobenius", "stable_rank")
+        first = lambda r: 0 if whole else exponents.tail_start(r, s.tail) - 1
+        values = spectra.eigenvalues(leaves, weights, s.method, first)
+    return [_score(s, leaf, v) for leaf, v in zip(leaves, values, strict=True)]
+
+
+def _score(s, leaf, values):
+    largest, total = values[..., -1], values.sum(axis=-1)
+    if s.score == "frobenius":
+        return total
+    if s.score == "spectral":
+        return largest
+    if s.score == "stable_rank":
+        return total / largest
+    if s.fit != "median":
+        alpha = exponents.clauset_alpha(values, s.fit, s.slip)
+    elif s.shape_correction == "subsample":
+        alpha = exponents.hill_alpha(values, s.tail, s.reference)
+    else:  # Of the whole spectrum, one value below the tail and the tail are here.
+        below = values[..., 0 if s.reference == "hill" else 1]
+        alpha = exponents.tail_alpha(values[..., 1:], below)
+    if s.shape_correction == "mp":
+        alpha = alpha - exponents.marchenko_pastur_alpha(*leaf.sides, s.tail)
+    if s.score == "alpha_hat":
+        return jax.nn.softplus(alpha * jnp.log10(largest))
+    return alpha
+
+
+def _windows(leaf, w, method):
+    """Pooled eigenvalues of square windows that cover the long side, ascending."""
+    w = matrices(leaf, w)
+    n, m = leaf.sides
+    w, r, long = (w, n, m) if n <= m else (jnp.swapaxes(w, -1, -2), m, n)
+    count = -(-long // r)
+    starts = np.linspace(0, long - r, count).round().astype(int)
+    cut = jnp.stack([w[..., a : a + r] for a in starts], axis=-3)
+    return jnp.sort(spectra.esd(cut, method).reshape(*leaf.modules, -1), axis=-1)
+
+
+def _norm(leaf, g):
+    g = matrices(leaf, g).astype(jnp.promote_types(g.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
+    unit = jnp.where(largest > 0, largest, 1)
+    return jnp.sqrt(jnp.sum((g / unit) ** 2, axis=(-2, -1))) * unit[..., 0, 0]
+
+
+def _refreshed(s, leaves, params, gradients, count, alpha, ratio):
+    every, raw = jax.tree.leaves(params), jax.tree.leaves(gradients)
+    weights = [every[leaf.index] for leaf in leaves]
+    fitted = scores(s, leaves, weights, [raw[leaf.index] for leaf in leaves])
+    fresh = {a.name: v.astype(jnp.float32) for a, v in zip(leaves, fitted, strict=True)}
+    # Weights that are not numbers: whatever is decided about them is not decided here.
+    sane = jnp.all(jnp.stack([jnp.isfinite(w).all() for w in weights]))
+    old, new = _flat(leaves, alpha), _flat(leaves, fresh)
+    smooth = s.ema * old + (1 - s.ema) * new
+    new = jnp.where(jnp.isfinite(old) & jnp.isfinite(new) & (count > 0), smooth, new)
+    left_out = _excluded(s, leaves)
+    layer, layers = _layers(leaves)
+    given = assign.assign_decay(
+        jnp.where(left_out, jnp.nan, new),
+        s.assignment,
+        s.s1,
+        s.s2,
+        quantiles=s.quantiles,
+        layer=layer,
+        layers=layers,
+    )
+    if s.normalize_mean:
+        sizes = _sizes(leaves)
+        given = given * sizes.sum() / jnp.sum(sizes * given)
+    keep = lambda fresh, old: jnp.where(sane, fresh, old)
+    found = (keep(new, old), keep(given, _flat(leaves, ratio)))
+    return tuple(_unflat(leaves, v.astype(jnp.float32)) for v in found)
+
+
+def _leaves(s, params) -> list[Leaf]:
+    """The selected leaves that are large enough."""
+    found = select(params, s.modules)
+    if s.score == "grad_norm":
+        return found
+    large = [leaf for leaf in found if leaf.rank >= s.min_eigs]
+    if not large:
+        ranks = sorted({leaf.rank for leaf in found})
+        allowed = f"at most {ranks[-1]}, the most eigenvalues that a module has"
+        raise reject("optim.min_eigs", s.min_eigs, allowed)
+    return large
+
+
+def _excluded(s, leaves):
+    names = [name for leaf in leaves for name in leaf.names()]
+    for name in s.exclude:
+        if name not in names:
+            raise reject("optim.exclude", name, f"module names such as {names[0]}")
+    return np.array([name in s.exclude for name in names])
+
+
+def _layers(leaves) -> tuple[np.ndarray, int]:
+    """The layer of every module: the number in its path, or its first batch index."""
+    found = []
+    for leaf in leaves:
+        number = re.search(r"\d+", leaf.name)
+        index = np.indices(leaf.modules)
+        inside = index[0].ravel() if leaf.batch else np.zeros(index[0].size, int)
+        found.append(np.full(inside.size, int(number[0])) if number else inside)
+    _, layer = np.unique(np.concatenate(found), return_inverse=True)
+    return layer, int(layer.max()) + 1
+
+
+def _sizes(leaves):
+    """Parameters of every module."""
+    each = [np.full(int(np.prod(a.modules)), float(np.prod(a.sides))) for a in leaves]
+    return np.concatenate(each).astype(np.float32)
+
+
+def _flat(leaves, values):
+    return jnp.concatenate([values[leaf.name].ravel() for leaf in leaves])
+
+
+def _unflat(leaves, vector):
+    ends = np.cumsum([int(np.prod(leaf.modules)) for leaf in leaves])
+    parts = jnp.split(vector, ends[:-1])
+    return {a.name: v.reshape(a.modules) for a, v in zip(leaves, parts, strict=True)}
+
+
+def _same_modules(leaves, state):
+    ours = {leaf.name: leaf.modules for leaf in leaves}
+    theirs = {name: value.shape for name, value in state.ratio.items()}
+    differing = [n for n in sorted({*ours, *theirs}) if ours.get(n) != theirs.get(n)]
+    if differing:
+        raise ValueError(f"The state is of other modules; differing: {', '.join(differing)}.")
+
+
+def _rest(rest, path):
+    return rest(path) if callable(rest) else rest == "base"
+
+
+def _is_zero(weight_decay) -> bool:
+    return isinstance(weight_decay, int | float) and weight_decay == 0
+
+
+def checked(s: _Settings) -> _Settings:
+    """The settings, if all are in range."""
+    _require("s1", s.s1, 0 <= s.s1 < np.inf, "a finite number from 0 up")
+    _require("s2", s.s2, s.s1 <= s.s2 < np.inf, f"finite and at least s1 = {s.s1}")
+    _require("every", s.every, s.every >= 1, "a whole number from 1 up")
+    _require("offset", s.offset, s.offset >= 0, "a whole number from 0 up")
+    _require("tail", s.tail, 0 < s.tail < 1, "between 0 and 1")
+    _require("min_eigs", s.min_eigs, s.min_eigs >= 3, "a whole number from 3 up")
+    _require("ema", s.ema, 0 <= s.ema < 1, "at least 0 and below 1")
+    low, high = s.quantiles
+    _require("quantiles", s.quantiles, 0 <= low < high <= 1, "ascending, from 0 to 1")
+    choices = dict(
+        fit=exponents.FITS,
+        reference=("mle", "hill"),
+        assignment=assign.ASSIGNMENTS,
+        score=SCORES,
+        method=spectra.METHODS,
+        refresh=("inline", "external"),
+        shape_correction=CORRECTIONS,
+    )
+    for name, known in choices.items():
+        value = getattr(s, name)
+        _require(name, value, value in known, f"one of {', '.join(known)}")
+    known = callable(s.decay_rest) or s.decay_rest in ("base", "none")
+    _require("decay_rest", s.decay_rest, known, "base, none, or a function of the path")
+    return s
+
+
+def _require(name, value, holds, allowed):
+    if not holds:
+        raise reject(f"optim.{name}", value, allowed)
