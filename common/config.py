@@ -184,7 +184,7 @@ def _typed(field: str, text: str, old: Any) -> Any:
         return quoted[2] if quoted else text
     try:
         value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         # Python has no literals for these two; the experiment says if they may be.
         value = float(text) if re.fullmatch(r"[+-]?(nan|inf)", text) else text
     if isinstance(old, tuple) and isinstance(value, list):

@@ -134,7 +134,8 @@ class _Work:
                 logged = done % config.log_every == 0 or last
                 if logged:
                     pending = (done, values)
-                save = last or leave or done % config.save_every == 0
+                evaluate = not last and _evaluation_due(config, experiment, done)
+                save = last or leave or evaluate or done % config.save_every == 0
                 if save:
                     self._check(done, values)
                     if pending:
@@ -146,11 +147,9 @@ class _Work:
                     self.saved.wait()
                     _say(f"Saved step {done}; the same command continues from there.")
                     raise SystemExit(leave)
-                if not last and _evaluation_due(config, experiment, done):
-                    if pending:
-                        self._record(pending, progress)
-                        pending = None
-                    self.evaluate(state, done)
+                if evaluate:
+                    with self.stop.at_rest():
+                        self.evaluate(state, done)
         progress.close()
         clock.write(self.folder / "timing.json", step._cache_size())
         return state

@@ -12,18 +12,31 @@ from common.errors import UserError
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a metrics file; a line torn by a kill ends the list."""
-    rows: list[dict] = []
+    """The rows of a metrics file; a last line torn by a kill does not count.
+
+    Raises:
+      UserError: another line is no row, or the file cannot be read.
+    """
     if not path.exists():
-        return rows
-    for line in path.read_text().splitlines(keepends=True):
+        return []
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    rows: list[dict] = []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not line.endswith("\n"):
-            break
-        rows.append(row)
+            whole = isinstance(row, dict) and {"step", "split"} <= row.keys()
+        except ValueError:  # UnicodeDecodeError is one.
+            whole = False
+        if whole and line.endswith(b"\n"):
+            rows.append(row)
+        elif number < len(lines) or line.endswith(b"\n"):
+            raise UserError(
+                f"The file {path} is damaged: line {number} is no row of metrics. Delete the "
+                "line to go on without it."
+            )
     return rows
 
 

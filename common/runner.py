@@ -68,19 +68,25 @@ def run(config: ConfigDict, workdir: Path) -> None:
     made = {name: make(each) for name, each in todo.items()}
     for i, (name, each) in enumerate(todo.items()):
         _check_mesh(made[name], each)
-        _check_donor(made[name], each, workdir, list(todo)[:i])
+        _check_donor(made[name], each, workdir, workdir / name, list(todo)[:i])
     with _Workdir(workdir, config):
         for name, each in todo.items():
             folder = workdir / name
             first(lambda f=folder, c=each: _settle(f, c))
-            loop.train(made[name], each, folder, stop, _donor(each, workdir))
+            loop.train(made[name], each, folder, stop, _donor(each, workdir, folder))
             if code := stop.requested():
                 raise SystemExit(code)
         report(made, todo, workdir)
 
 
 def variants(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Run name -> its config: every variant of `config.runs` with every seed."""
+    """Run name -> its config: every variant of `config.runs` with every seed.
+
+    Alphabetical, as `ConfigDict` is, but a run comes after the one it starts from.
+
+    Raises:
+      UserError: runs start from each other in a circle.
+    """
     found = {}
     for variant, changes in config.runs.items() if config.runs else [("", {})]:
         for seed in range(config.seed, config.seed + config.n_seeds):
@@ -90,7 +96,13 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
             configs.apply(each, changes)
             each.seed = seed
             found[f"{variant}-seed{seed}" if variant else f"seed{seed}"] = each
-    return found
+    ordered: dict[str, ConfigDict] = {}
+    while found:
+        ready = next((n for n, c in found.items() if c.init_from not in found), None)
+        if ready is None:
+            raise UserError(f"The runs {', '.join(found)} start from each other.")
+        ordered[ready] = found.pop(ready)
+    return ordered
 
 
 def make(config: ConfigDict) -> Experiment:
@@ -131,7 +143,6 @@ def report(made: dict, todo: dict, workdir: Path) -> None:
 
 def load(experiment: Experiment, config: Any, folder: Path, name: str, given: str = "") -> Run:
     """A finished run, its state left on the disk until somebody asks for it."""
-    timing = folder / "timing.json"
 
     def state():
         mesh = meshes.make(**config.mesh)
@@ -144,10 +155,18 @@ def load(experiment: Experiment, config: Any, folder: Path, name: str, given: st
         name=name,
         config=config,
         rows=metrics.read(folder / "metrics.jsonl"),
-        timing=json.loads(timing.read_text()) if timing.exists() else {},
+        timing=_timing(folder / "timing.json"),
         state=state,
         input=given,
     )
+
+
+def _timing(path: Path) -> dict:
+    """What timing.json holds; nothing depends on it, so a damaged one is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
@@ -177,12 +196,15 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
         configs.override(config, field, text)
     _check_shared(config)
     parts = []
-    for name, each in variants(config).items():
+    todo = variants(config)
+    for name in todo:
+        if not _begun(workdir / name):
+            raise UserError(f"The run {workdir / name} has no checkpoint; train it first.")
+    for name, each in todo.items():
         experiment = make(each)
         _check_mesh(experiment, each)
         folder = workdir / name
-        if not (folder / "checkpoints").exists():
-            raise UserError(f"The run {folder} has no checkpoint; train it first.")
+        _warn_of_unfinished(folder, each.steps)
         target = workdir / do / name
         first(lambda f=target: f.mkdir(parents=True, exist_ok=True))
         with jax.set_mesh(meshes.make(**each.mesh)):
@@ -192,6 +214,13 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
         metrics.write(workdir / f"{do}.md", "\n".join(parts))
         print("\n".join(parts))
         print(f"Written: {workdir / f'{do}.md'}, files: {workdir / do}.")
+
+
+def _warn_of_unfinished(folder: Path, steps: int) -> None:
+    with Checkpoints(folder / "checkpoints", keep=0) as saved:
+        newest = max(saved.steps(), default=0)
+    if newest < steps and jax.process_index() == 0:
+        print(f"warning: {folder} is at step {newest} of {steps}.", file=sys.stderr)
 
 
 class _Workdir:
@@ -238,7 +267,10 @@ class _Workdir:
 def _settle(folder: Path, config: ConfigDict) -> None:
     """Writes config.json, or refuses if the one there differs."""
     path = folder / "config.json"
-    if path.exists() and (found := configs.differences(config, configs.read(path))):
+    # A command that failed before its first checkpoint has left nothing to protect.
+    begun = _begun(folder) or any(_begun(each) for each in folder.glob("*/"))
+    found = configs.differences(config, configs.read(path)) if begun and path.exists() else []
+    if found:
         raise UserError(
             f"The workdir {folder} belongs to other settings: {'; '.join(found)}. "
             "Choose another with --workdir."
@@ -251,7 +283,14 @@ def _settle(folder: Path, config: ConfigDict) -> None:
     metrics.write(path, text + "\n")
 
 
-def _check_donor(experiment: Experiment, config: ConfigDict, workdir: Path, ahead: list):
+def _begun(folder: Path) -> bool:
+    """Whether a run's folder holds a checkpoint."""
+    return any((folder / "checkpoints").glob("[0-9]*"))
+
+
+def _check_donor(
+    experiment: Experiment, config: ConfigDict, workdir: Path, folder: Path, ahead: list
+):
     """Refuses an `init_from` that cannot work, as far as can be known without loading.
 
     Args:
@@ -260,18 +299,21 @@ def _check_donor(experiment: Experiment, config: ConfigDict, workdir: Path, ahea
     if config.init_from and experiment.adopt is None:
         raise reject("init_from", config.init_from, "'', as this experiment cannot adopt")
     if config.init_from not in ahead:
-        _donor(config, workdir)
+        _donor(config, workdir, folder)
 
 
-def _donor(config: ConfigDict, workdir: Path):
-    """The function that loads the state named in `config.init_from`, or None."""
-    if not config.init_from:
+def _donor(config: ConfigDict, workdir: Path, run: Path):
+    """The function that loads the state named in `config.init_from`, or None.
+
+    None as well for a run that has begun: it needs its donor no more.
+    """
+    if not config.init_from or _begun(run):
         return None
     folder = next(
         (
             f
             for f in (workdir / config.init_from, Path(config.init_from))
-            if (f / "config.json").exists() and any((f / "checkpoints").glob("[0-9]*"))
+            if (f / "config.json").exists() and _begun(f)
         ),
         None,
     )

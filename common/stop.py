@@ -43,6 +43,10 @@ class Stop:
         """Context in which signals wait for `requested`."""
         return _Waiting(self)
 
+    def at_rest(self):
+        """Context within `after_step` in which all that matters is saved again."""
+        return _Waiting(self, False)
+
     def requested(self) -> int:
         """128 + the signal if the program should save and leave now, else 0.
 
@@ -57,11 +61,11 @@ class Stop:
 
 
 class _Waiting:
-    def __init__(self, stop: Stop):
-        self.stop = stop
+    def __init__(self, stop: Stop, waiting: bool = True):
+        self.stop, self.waiting = stop, waiting
 
     def __enter__(self):
-        self.stop._waiting = True
+        self.before, self.stop._waiting = self.stop._waiting, self.waiting
 
     def __exit__(self, *error):
-        self.stop._waiting = False
+        self.stop._waiting = self.before

@@ -22,7 +22,9 @@ def base(experiment: str) -> ConfigDict:
     config.x64 = False  # Whether JAX may use 64-bit numbers at all.
     config.mesh = ConfigDict(dict(data=-1, model=1))  # -1: all devices that remain.
     config.init_from = ""  # A run's folder whose weights start this one.
-    config.runs = ConfigDict()  # Variants to compare: name -> changed fields.
+    # Variants to compare: name -> changed fields. They run in alphabetical order, but after
+    # the one they start from: `init_from` may name another's run, such as "warm-seed0".
+    config.runs = ConfigDict()
     return config
 
 

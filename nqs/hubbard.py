@@ -34,7 +34,6 @@ from nqs import ansatz as wave
 from nqs import cost, evaluation, report, start
 from nqs.energy import local_energy
 from nqs.hops import hops
-from nqs.lattice import hubbard
 from nqs.sampler import sample, scatter
 from optim.build import variational
 
@@ -54,7 +53,7 @@ def make(config) -> Experiment:
     Raises:
       UserError: the config asks for what cannot be.
     """
-    system = hubbard(lattice=config.lattice, model=config.model, pinning=config.pinning)
+    system = report.system_of(config)
     _check(config)
     psi = wave.build(
         n_sites=system.n_sites,
@@ -104,7 +103,7 @@ def make(config) -> Experiment:
         init=init,
         step=step,
         evaluate=partial(evaluation.evaluate, config, system, psi, parts),
-        report=partial(report.report, system),
+        report=report.report,
         adopt=adopt,
         rules=RULES,
         actions={"evaluate": partial(report.evaluated, config, system, psi, parts)},
@@ -146,7 +145,7 @@ def pieces(config, system, psi: wave.Ansatz) -> Pieces:
 
     def uniforms(key, sweeps):
         shape = (max(1, sweeps * n_moves), n_walkers, 2)
-        return jax.random.uniform(key, shape, jnp.float32)
+        return jax.random.uniform(key, shape, jnp.result_type(float))
 
     def moved(params, x, u):
         chains = sample(batched(params), h, x, u)
@@ -203,6 +202,7 @@ def figures(e: jax.Array, accepted: jax.Array, connected: jax.Array) -> dict:
 
 
 def _check(config) -> None:
+    start.check(**config.start)
     n = config.sampler.n_walkers
     devices = meshes.make(**config.mesh).shape["data"]
     if n < 2:

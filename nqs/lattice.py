@@ -55,7 +55,8 @@ class Hubbard(NamedTuple):
             f"{short[bc]}({size})" for size, bc in zip(self.shape, self.boundary, strict=True)
         )
         field = ", with a field" if self.field.any() else ""
-        units = f"U = {self.U:g}, t' = {self.tp:g}"
+        t = "" if self.t == 1 else f"t = {self.t:g}, "
+        units = f"{t}U = {self.U:g}, t' = {self.tp:g}"
         return f"Hubbard {lattice}, ({self.n_up}, {self.n_dn}) electrons, {units}{field}"
 
 

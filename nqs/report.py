@@ -13,6 +13,7 @@ from common.experiment import Report, Run
 from nqs import evaluation, exact, references
 from nqs import figures as draw
 from nqs import statistics as stats
+from nqs.lattice import hubbard
 
 ROUNDING = 1e-8  # Of an exact energy, relative; published ones have nine digits.
 SIGMAS = 3.0  # A seed this far below the exact energy has a bug.
@@ -54,27 +55,54 @@ def headline(system, row: dict) -> str:
     return f"E/N {energy}  var {row['variance']:.3g}  acc {row['acceptance']:.2f}{skipped}"
 
 
-def report(system, runs: dict[str, Run], folder: Path) -> Report:
-    """Everything a reader of the field asks for, of all runs."""
+def report(runs: dict[str, Run], folder: Path) -> Report:
+    """Everything a reader of the field asks for, of all runs.
+
+    Runs are compared with the truth of their own system. Where there are several, as when
+    a run warms up at another U, the last one gives the headline and the top of the summary.
+    """
+    systems = {name: system_of(run.config) for name, run in runs.items()}
+    labels = list(dict.fromkeys(system.label for system in systems.values()))
+    parts = []
+    for i, label in enumerate(labels):
+        these = {n: run for n, run in runs.items() if systems[n].label == label}
+        last = i == len(labels) - 1
+        where = "" if last else f"system{i}/"
+        parts.append(_of_system(systems[next(iter(these))], these, folder, where))
+    summary = parts[-1].summary | {
+        "systems": {label: part.summary for label, part in zip(labels, parts, strict=True)},
+        "skipped_steps": {n: skipped(run) for n, run in runs.items()},
+        "timing": {n: run.timing for n, run in runs.items()},
+    }
+    text = "\n\n".join(
+        [
+            *(part.text for part in reversed(parts)),
+            "## This machine",
+            _timing(runs),
+            "Errors are one standard error: within a seed from the scatter of its "
+            "independent chains, or blocked over time if that is larger, and over seeds the "
+            "larger of that and their scatter. Energies are means of unclipped local "
+            "energies at frozen parameters, in the units of U and t.",
+        ]
+    )
+    return Report(text, finite(summary), parts[-1].result)
+
+
+def _of_system(system, runs: dict[str, Run], folder: Path, where: str) -> Report:
+    """The runs of one system; figures go to the folder `where` below `folder`."""
     known = truth(system)
     final = {name: last_evaluation(run) for name, run in runs.items()}
     groups = defaultdict(list)
     for name in runs:
         groups[name.rpartition("seed")[0].rstrip("-") or "main"].append(name)
-    drawn = draw.all_figures(system, known, runs, final, folder)
+    drawn = draw.all_figures(system, known, runs, final, folder / where)
     numbers = {
         group: summarize(system, known, [final[n] for n in names])
         for group, names in groups.items()
     }
     seeds = {n: summarize(system, known, [f]) for n, f in final.items()}
     best = min(numbers, key=lambda g: numbers[g]["energy"])
-    summary = numbers[best] | {
-        "system": system.label,
-        "groups": numbers,
-        "seeds": seeds,
-        "skipped_steps": {n: skipped(run) for n, run in runs.items()},
-        "timing": {n: run.timing for n, run in runs.items()},
-    }
+    summary = numbers[best] | {"system": system.label, "groups": numbers, "seeds": seeds}
     result = sentence(system, known, numbers[best], len(groups[best]))
     text = "\n\n".join(
         [
@@ -85,17 +113,16 @@ def report(system, runs: dict[str, Run], folder: Path) -> Report:
             *([variational(seeds)] if known.energy is not None else []),
             "## The chains",
             _chains(final, runs),
-            "## This machine",
-            _timing(runs),
             "## Figures",
-            *[f"{caption}\n\n![{caption}](figures/{name})" for name, caption in drawn],
-            "Errors are one standard error: within a seed from the scatter of its "
-            "independent chains, or blocked over time if that is larger, and over seeds the "
-            "larger of that and their scatter. Energies are means of unclipped local "
-            "energies at frozen parameters, in units of t.",
+            *[f"{caption}\n\n![{caption}](figures/{where}{name})" for name, caption in drawn],
         ]
     )
-    return Report(text, finite(summary), result)
+    return Report(text, summary, result)
+
+
+def system_of(config):
+    """The cluster of a run's config."""
+    return hubbard(lattice=config.lattice, model=config.model, pinning=config.pinning)
 
 
 def evaluated(config, system, psi, parts, run: Run, folder: Path) -> str:

@@ -72,7 +72,9 @@ def sample(
         new_ahead = weights(new)
         ratio = 2 * (new_log - log) + jnp.log(total) - jnp.log(new_ahead[:, -1])
         lost = ~jnp.isfinite(log) & ~jnp.isnan(new_log)
-        take = possible & (lost | (jnp.log(u[:, 1]) < ratio))
+        # Zero stands for what is below the resolution; its logarithm would accept anything.
+        least = jnp.finfo(u.dtype).eps / 4
+        take = possible & (lost | (jnp.log(jnp.maximum(u[:, 1], least)) < ratio))
         x = jnp.where(take[:, None], new, x)
         sign, log = jnp.where(take, new_sign, sign), jnp.where(take, new_log, log)
         ahead = jnp.where(take[:, None], new_ahead, ahead)

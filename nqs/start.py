@@ -27,12 +27,9 @@ def parameters(system, psi, key: jax.Array, *, orbitals: str, noise: float) -> A
       noise: how much of the random last layer stays; makes the backflow.
 
     Raises:
-      UserError: a field holds what cannot be.
+      UserError: as `check` does.
     """
-    if orbitals not in ("random", "mean_field"):
-        raise reject("start.orbitals", orbitals, "random or mean_field")
-    if not 0 <= noise < float("inf"):
-        raise reject("start.noise", noise, "a finite number from 0 up")
+    check(orbitals, noise)
     weights, field, places = jax.random.split(key, 3)
     params = psi.init(weights)
     if orbitals == "random":
@@ -45,3 +42,11 @@ def parameters(system, psi, key: jax.Array, *, orbitals: str, noise: float) -> A
     add = lambda near, first: near + noise * first
     near = psi.anchor(params, x, m)
     return params | {name: jax.tree.map(add, near[name], params[name]) for name in near}
+
+
+def check(orbitals: str, noise: float) -> None:
+    """Refuses a `config.start` that cannot be, with a `UserError`."""
+    if orbitals not in ("random", "mean_field"):
+        raise reject("start.orbitals", orbitals, "random or mean_field")
+    if not 0 <= noise < float("inf"):
+        raise reject("start.noise", noise, "a finite number from 0 up")

@@ -1,5 +1,9 @@
 """Chains of gradient transformations from a config's `optim`."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from common.errors import reject
@@ -64,6 +68,18 @@ def variational(
         if not 0 < learning_rate < float("inf"):
             raise reject("optim.learning_rate", learning_rate, "a finite number above 0")
         return optax.chain(
-            ng.energy_gradient(clip=cut, dtype=linalg), plain[name](learning_rate)
+            ng.energy_gradient(clip=cut, dtype=linalg), _unless_zero(plain[name](learning_rate))
         )
     raise reject("optim.name", name, f"one of {', '.join([*natural, *plain])}")
+
+
+def _unless_zero(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, but a gradient of zeros, which is a refused batch, moves and ages nothing."""
+
+    def update(updates, state, params=None):
+        there = optax.tree.norm(updates, ord=jnp.inf) > 0
+        step, new = inner.update(updates, state, params)
+        zero = jax.tree.map(jnp.zeros_like, step)
+        return jax.tree.map(partial(jnp.where, there), (step, new), (zero, state))
+
+    return optax.GradientTransformation(inner.init, update)

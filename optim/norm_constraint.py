@@ -74,7 +74,8 @@ def decayed_norm(
             raise reject(f"optim.{name}", value, "a finite number, at least 0")
 
     def schedule(count):
-        decay = 1 / (1 + jnp.maximum(count - decay_start, 0) / decay_scale)
+        after = jnp.asarray(count, jnp.result_type(float)) - float(decay_start)
+        decay = 1 / (1 + jnp.maximum(after, 0) / decay_scale)
         return max_norm * (jnp.minimum((count + 1) / warmup, decay) if warmup else decay)
 
     return schedule

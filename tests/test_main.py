@@ -115,6 +115,7 @@ def test_actions_use_a_finished_run(tmp_path):
     ("flags", "said"),
     [
         (["--config.stepz=3"], "config has no field 'stepz'. Did you mean 'steps'?"),
+        (["--config.steps={[]:1}"], "config.steps is '{[]:1}', but must be a whole number."),
         (["--config.steps=x"], "config.steps is 'x', but must be a whole number."),
         (["--config.steps=0"], "config.steps is 0, but must be a whole number from 1 up."),
         (["--config.mesh.data=64"], "config.mesh.data is 64, but must be -1, or from 1 to"),
@@ -186,6 +187,12 @@ def test_nan_exits_with_one_and_names_the_last_good_step(tmp_path):
     assert "grad_norm is not finite at step 3; the last good checkpoint: none" in err
 
 
+def newest_row(metrics: Path) -> int:
+    """The step of the last whole row; 0 before there is one."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
 LONG = ["--config.steps=3000", "--config.save_every=200", "--config.log_every=50"]
 
 
@@ -214,14 +221,15 @@ def test_sigterm_saves_and_the_same_command_ends_bitwise_the_same(tmp_path):
 
 
 def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
-    work, random_ = tmp_path / "w", random.Random(0)
-    for _ in range(4):
+    work, moments = tmp_path / "w", random.Random(0)
+    for step in sorted(moments.sample(range(1, 2800), 4)):
         process = start(TOY, f"--workdir={work}", *LONG)
-        try:
-            process.wait(timeout=1.5 + 2.5 * random_.random())
-        except subprocess.TimeoutExpired:
-            process.kill()
+        while newest_row(work / "seed0" / "metrics.jsonl") < step:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
     run(TOY, f"--workdir={work}", *LONG)
     run(TOY, f"--workdir={tmp_path}/whole", *LONG)
     assert files(work) == files(tmp_path / "whole")

@@ -1,8 +1,12 @@
 """Rows of a step."""
 
+import json
+
 import numpy as np
+import pytest
 
 from common import data, metrics
+from common.errors import UserError
 
 
 def test_every_epoch_holds_every_row_once():
@@ -42,3 +46,19 @@ def test_first_bad_names_the_metric():
     assert metrics.first_bad({"step": 1, "split": "train", "a": 1.0, "b": [1.0]}) is None
     assert metrics.first_bad({"step": 1, "split": "train", "a": 1.0, "b": float("nan")}) == "b"
     assert metrics.first_bad({"step": 1, "split": "t", "a": [1.0, float("inf")]}) == "a"
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"5\n", b'{"a": 1}\n', b'{"step": 2, \n'])
+def test_damage_before_the_last_line_is_named_and_nothing_is_dropped(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    row = lambda step: json.dumps({"step": step, "split": "train"}).encode() + b"\n"
+    spoiled = row(1) + damage + row(3)
+    path.write_bytes(spoiled)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: line 2 is no row"):
+        metrics.Log(path, 3)
+    assert path.read_bytes() == spoiled
+    path.write_bytes(row(1) + damage)
+    with pytest.raises(UserError, match="line 2"):
+        metrics.read(path)
+    path.write_bytes(row(1) + damage.rstrip(b"\n"))  # Torn by a kill.
+    assert [r["step"] for r in metrics.read(path)] == [1]

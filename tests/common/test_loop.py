@@ -1,5 +1,6 @@
 """Every promise of the loop, on the toy, in this process."""
 
+import contextlib
 import shutil
 
 import chex
@@ -24,9 +25,9 @@ class Never:
         self.at, self.asked = at, 0
 
     def after_step(self):
-        import contextlib
-
         return contextlib.nullcontext()
+
+    at_rest = after_step
 
     def requested(self):
         self.asked += 1

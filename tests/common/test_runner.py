@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import shutil
 import time
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from common import config as configs
-from common import pod, runner
+from common import metrics, pod, runner
 from common.errors import UserError
 from tests import toy
 from tests.common.test_loop import Never
@@ -54,10 +55,58 @@ def test_an_experiment_that_cannot_adopt_says_so_first(tmp_path, monkeypatch):
 def test_a_variant_may_start_from_one_before_it(tmp_path):
     made = config()
     made.unlock()
-    made.runs = {"a": {}, "b": {"init_from": "a-seed0"}}
+    made.runs = {"warm": {}, "main": {"init_from": "warm-seed0"}, "another": {}}
     made.lock()
+    assert list(runner.variants(made)) == ["another-seed0", "warm-seed0", "main-seed0"]
     runner.run(made, tmp_path / "w")
-    assert (tmp_path / "w" / "b-seed0" / "checkpoints" / "2").exists()
+    assert (tmp_path / "w" / "main-seed0" / "checkpoints" / "2").exists()
+
+
+def test_runs_that_start_from_each_other_are_refused(tmp_path):
+    made = config()
+    made.unlock()
+    made.runs = {"a": {"init_from": "b-seed0"}, "b": {"init_from": "a-seed0"}}
+    made.lock()
+    with pytest.raises(UserError, match="The runs a-seed0, b-seed0 start from each other"):
+        runner.run(made, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_run_that_has_begun_needs_its_donor_no_more(tmp_path):
+    runner.run(config(), tmp_path / "donor")
+    more = config(init_from=str(tmp_path / "donor" / "seed0"))
+    runner.run(more, tmp_path / "w")
+    shutil.rmtree(tmp_path / "donor")
+    runner.run(more, tmp_path / "w")
+    with pytest.raises(UserError, match="must be a run's folder"):
+        runner.run(more, tmp_path / "new")
+
+
+def test_a_command_that_failed_before_its_first_checkpoint_claims_nothing(tmp_path):
+    work = tmp_path / "w"
+    (work / "seed0").mkdir(parents=True)
+    for folder in (work, work / "seed0"):
+        other = config()
+        other.toy.width = 9
+        metrics.write(folder / "config.json", json.dumps(configs.to_dict(other)))
+    runner.run(config(), work)
+    other = config()
+    other.toy.width = 9
+    with pytest.raises(UserError, match=r"toy\.width is 9 here and 4 there"):
+        runner.run(other, work)
+
+
+def test_actions_say_what_is_unfinished_and_look_before_they_work(tmp_path, capsys):
+    runner.run(config(), tmp_path / "w")
+    longer = json.loads((tmp_path / "w" / "config.json").read_text()) | dict(steps=50)
+    metrics.write(tmp_path / "w" / "config.json", json.dumps(longer))
+    runner.act(config(), tmp_path / "w", "predict", "", ())
+    assert "seed0 is at step 2 of 50." in capsys.readouterr().err
+    longer["n_seeds"] = 2
+    metrics.write(tmp_path / "w" / "config.json", json.dumps(longer))
+    (tmp_path / "w" / "predict.md").unlink()
+    with pytest.raises(UserError, match="seed1 has no checkpoint"):
+        runner.act(config(), tmp_path / "w", "predict", "", ())
 
 
 def test_damaged_configs_are_named(tmp_path):

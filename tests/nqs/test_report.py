@@ -175,3 +175,26 @@ def test_a_degenerate_ground_state_keeps_what_all_of_its_vectors_share():
     # Without hopping any placement of the electrons will do: only their number is shared.
     assert level.observables["double_occupancy"] == pytest.approx(0, abs=1e-12)
     assert np.isnan(level.observables["density_up"]).any()
+
+
+def test_every_run_is_judged_by_its_own_system(tmp_path):
+    """A run at U = 4 that another, at U = 8, starts from."""
+    runs = {}
+    with jax.enable_x64(True):
+        for name, u in (("warm-seed0", 4.0), ("main-seed0", 8.0)):
+            c = config(model=dict(U=u), eval=dict(blocks=8))
+            experiment = hubbard.make(c)
+            state = jax.jit(experiment.init)(jax.random.key(0))
+            values = experiment.evaluate(state, jax.random.key(1))
+            runs[name] = Run(name, c, [metrics.to_row(0, "eval", values)], {}, None)
+        made = report.report(runs, tmp_path)
+    four, eight = (report.truth(report.system_of(run.config)).energy for run in runs.values())
+    assert four < eight
+    assert made.summary["exact_energy"] == pytest.approx(eight)
+    assert "U = 8" in made.result
+    systems = made.summary["systems"]
+    assert [s["exact_energy"] for s in systems.values()] == pytest.approx([four, eight])
+    assert [list(s["seeds"]) for s in systems.values()] == [["warm-seed0"], ["main-seed0"]]
+    assert (tmp_path / "density.png").exists()
+    assert (tmp_path / "system0" / "density.png").exists()
+    assert "(figures/system0/density.png)" in made.text

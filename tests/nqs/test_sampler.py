@@ -274,3 +274,13 @@ def test_scattered_walkers_are_uniform_over_the_sector():
     assert walkers.dtype == np.int8
     counts = np.bincount(brute.find(walkers, x), minlength=len(x))
     assert chi_squared(counts, np.full(len(x), 2**16 / len(x))) > 1e-3
+
+
+def test_no_number_accepts_what_is_all_but_impossible():
+    """Zero is what a uniform number below its resolution is rounded to."""
+    x, _ = problem(RING)
+    far = np.where(np.arange(len(x)) == 3, 1.0, 1e-30)
+    u = np.zeros((20, 50, 2))
+    u[..., 0] = np.random.default_rng(0).uniform(size=u.shape[:2])
+    chains = run(RING, x, far, np.repeat(x[3:4], 50, axis=0), u)
+    np.testing.assert_array_equal(chains.x, np.repeat(x[3:4], 50, axis=0))

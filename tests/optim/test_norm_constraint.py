@@ -82,3 +82,9 @@ def test_schedule_of_the_paper():
 def test_bad_values_are_named(make, field):
     with pytest.raises(UserError, match=rf"config\.optim\.{field} is"):
         make()
+
+
+@pytest.mark.parametrize("late", [3_000_000_000, 10**12])
+def test_a_decay_that_never_starts(late):
+    schedule = decayed_norm(0.5, decay_start=late, decay_scale=2)
+    assert float(schedule(jnp.int32(5))) == pytest.approx(0.5)

@@ -1,0 +1,126 @@
+"""Generated tokens against loops that know no cache, and what may be drawn, exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from lm.generate import generate, restrict
+from lm.transformer import transformer
+
+MODEL = transformer(vocab=11, dim=16, mlp=24, heads=2, depth=2, init_std=0.5)
+PARAMS = jax.jit(MODEL.init)(jax.random.key(1))
+PROMPT = jnp.array([[1, 2, 3], [10, 0, 7]], jnp.int32)
+
+
+def greedy(steps):
+    row = PROMPT
+    for _ in range(steps):
+        best = jnp.argmax(MODEL.apply(PARAMS, row)[:, -1], axis=-1)
+        row = jnp.concatenate([row, best[:, None].astype(row.dtype)], axis=1)
+    return np.asarray(row)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 6])
+def test_greedy_is_a_loop_of_argmax(steps):
+    found = generate(MODEL, PARAMS, jax.random.key(0), PROMPT, steps, temperature=0.0)
+    assert found.dtype == PROMPT.dtype
+    np.testing.assert_array_equal(found, greedy(steps))
+
+
+@pytest.mark.parametrize("settings", [dict(top_k=1), dict(top_p=1e-9)])
+def test_one_choice_is_greedy(settings):
+    found = generate(MODEL, PARAMS, jax.random.key(0), PROMPT, 5, **settings)
+    np.testing.assert_array_equal(found, greedy(5))
+
+
+def test_after_the_stop_a_row_repeats_it():
+    free = greedy(8)
+    stop = int(free[0, 5])  # The third new token of the first row.
+    found = np.asarray(
+        generate(MODEL, PARAMS, jax.random.key(0), PROMPT, 8, temperature=0.0, stop=stop)
+    )
+    for row, there in zip(found, free, strict=True):
+        hits = np.flatnonzero(there[3:] == stop)
+        end = 3 + (hits[0] if len(hits) else 8)
+        np.testing.assert_array_equal(row[:end], there[:end])
+        np.testing.assert_array_equal(row[end:], stop)
+    assert (found[0, 5:] == stop).all()
+    # One in the prompt means nothing.
+    untouched = generate(MODEL, PARAMS, jax.random.key(0), PROMPT, 1, temperature=0.0, stop=1)
+    np.testing.assert_array_equal(untouched, greedy(1))
+
+
+def test_draws_follow_the_models_probabilities():
+    many = jnp.tile(PROMPT[:1], (4000, 1))
+    draw = lambda seed: generate(
+        MODEL, PARAMS, jax.random.key(seed), many, 2, temperature=0.7, top_k=4
+    )
+    found = np.asarray(draw(0))
+    np.testing.assert_array_equal(found, draw(0))
+    assert (found != draw(1)).any()
+    # Every token's conditional on what was drawn before it, the model's own, no cache.
+    for first in range(11):
+        chosen = found[found[:, 3] == first]
+        row = jnp.concatenate([PROMPT[:1], jnp.array([[first]], jnp.int32)], axis=1)
+        logits = np.asarray(MODEL.apply(PARAMS, row), np.float64)[0]
+        for values, at, n in ((found[:, 3], 2, 4000), (chosen[:, 4], 3, len(chosen))):
+            best = np.argsort(-logits[at])[:4]
+            p = np.zeros(11)
+            p[best] = np.exp((logits[at] - logits[at].max())[best] / 0.7)
+            p /= p.sum()
+            counts = np.bincount(values, minlength=11)
+            assert (counts[p == 0] == 0).all()
+            assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1).all()
+
+
+def support(logits, top_k, top_p):
+    """Which tokens may be drawn, one after the other."""
+    p = np.exp(np.asarray(logits, np.float64))
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))[: top_k or len(p)]
+    total, allowed, reached = sum(p[i] for i in order), set(), 0.0
+    for i in order:
+        allowed.add(i)
+        reached += p[i] / total
+        if reached >= top_p:
+            break
+    return allowed
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 8, 20])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.55, 0.9, 1.0])
+def test_the_support_is_restricted_exactly(top_k, top_p):
+    logits = 2 * np.random.default_rng(0).normal(size=(5, 2, 8)).astype(np.float32)
+    logits[0] = logits[0].round()  # With equals among them.
+    found = np.asarray(jax.jit(restrict, static_argnums=(1, 2))(logits, top_k, top_p))
+    kept = np.isfinite(found)
+    np.testing.assert_array_equal(found[kept], logits[kept])
+    assert (found[~kept] == -np.inf).all()
+    for there, row in zip(kept.reshape(-1, 8), logits.reshape(-1, 8), strict=True):
+        assert set(np.flatnonzero(there)) == support(row, top_k, top_p)
+
+
+def test_equals_do_not_enlarge_the_support():
+    flat = jnp.zeros(10)
+    np.testing.assert_array_equal(np.flatnonzero(np.isfinite(restrict(flat, 3, 1.0))), range(3))
+    half = restrict(flat, 4, 0.5)
+    np.testing.assert_array_equal(np.flatnonzero(np.isfinite(half)), range(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (dict(steps=-1), "config.generate.steps is -1"),
+        (dict(temperature=-0.5), "config.generate.temperature is -0.5"),
+        (dict(temperature=float("nan")), "config.generate.temperature is nan"),
+        (dict(top_k=-1), "config.generate.top_k is -1"),
+        (dict(top_p=0.0), "config.generate.top_p is 0.0, but must be above 0 and at most 1"),
+        (dict(top_p=1.5), "config.generate.top_p is 1.5"),
+        (dict(prompt=PROMPT[:, :0]), "config.generate.prompt is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(settings, sentence):
+    settings = dict(prompt=PROMPT, steps=1) | settings
+    with pytest.raises(UserError, match=sentence):
+        generate(MODEL, PARAMS, jax.random.key(0), **settings)
