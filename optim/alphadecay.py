@@ -28,14 +28,17 @@ from jaxtyping import Array, Float, Int
 from common.errors import reject
 from optim import assignment as assign
 from optim import exponents, spectra
-from optim.modules import Leaf, dotted, matrices, select, spread
+from optim.modules import NO_PARAMS, Leaf, dotted, matrices, select, spread
 
 SCORES = ("alpha", "grad_norm", "frobenius", "spectral", "stable_rank", "alpha_hat")
 CORRECTIONS = ("none", "mp", "subsample")
 
 
 class AlphaDecayState(NamedTuple):
-    """Steps seen; of each module its score (usually alpha; NaN: none) and its ratio."""
+    """Steps seen; of each module its score (usually alpha; NaN: none) and its ratio.
+
+    In float32, or float64 where the parameters are.
+    """
 
     count: Int[Array, ""]
     alpha: dict[str, Float[Array, "..."]]
@@ -70,7 +73,28 @@ STATIC = _Settings._fields
 
 
 def alphadecay(
-    weight_decay: float | optax.Schedule, *, modules: Any, **settings
+    weight_decay: Any,
+    *,
+    modules: Any,
+    s1: float = 0.67,
+    s2: float = 3.0,
+    every: int = 500,
+    offset: int = 0,
+    decay_rest: str | Callable[[str], bool] = "base",
+    min_eigs: int = 50,
+    exclude: tuple[str, ...] = (),
+    fit: str = "median",
+    tail: float = 0.5,
+    reference: str = "mle",
+    assignment: str = "linear",
+    score: str = "alpha",
+    method: str = "auto",
+    refresh: str = "inline",
+    quantiles: tuple[float, float] = (0.0, 1.0),
+    normalize_mean: bool = False,
+    ema: float = 0.0,
+    shape_correction: str = "none",
+    slip: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds decay_i * w to the updates of every module i.
 
@@ -94,7 +118,8 @@ def alphadecay(
         updates, which are the raw gradient only where this comes first in the chain.
       method: of `spectra.esd`.
       refresh: "inline", in the step, under a `lax.cond`; "external", the loop calls
-        `refresher` every so often. A vmapped step would refresh at every step inline.
+        `refresher` every so often. A vmapped step would refresh at every step inline, and
+        under `optax.MultiSteps` a refresh that is due is done in each mini-step.
       quantiles: of the scores that stand for the extremes; outliers are clipped.
       normalize_mean: rescale so that the mean over all selected parameters is 1.
       ema: how much of the old scores stays at each refresh.
@@ -106,19 +131,20 @@ def alphadecay(
         matrix.
       ValueError: `update` without parameters (Optax's own), or a state of other modules.
     """
-    s = checked(_Settings(modules, **settings))
+    given = locals()
+    s = checked(_Settings(**{name: given[name] for name in _Settings._fields}))
     if not callable(weight_decay) and isinstance(weight_decay, int | float):
         _require("weight_decay", weight_decay, 0 <= weight_decay < np.inf, "finite, 0 or more")
 
     def init(params):
-        leaves = _leaves(s, params)
-        one = lambda value: {a.name: jnp.full(a.modules, value, jnp.float32) for a in leaves}
+        leaves, _ = _leaves(s, params)
+        one = lambda value: {a.name: jnp.full(a.modules, value, a.dtype) for a in leaves}
         return AlphaDecayState(jnp.zeros((), jnp.int32), one(jnp.nan), one(1.0))
 
     def update(updates, state, params=None, *, gradient=None, **extra):
         if params is None:
-            raise ValueError(optax.base.NO_PARAMS_MSG)
-        leaves = _leaves(s, params)
+            raise ValueError(NO_PARAMS)
+        leaves, small = _leaves(s, params)
         _same_modules(leaves, state)
         count, alpha, ratio = state
         if s.refresh == "inline" and not _is_zero(weight_decay):
@@ -131,7 +157,8 @@ def alphadecay(
             )
         base = weight_decay(count) if callable(weight_decay) else weight_decay
         if not _is_zero(weight_decay):
-            updates = decayed(updates, params, base, leaves, ratio, s.decay_rest)
+            rest = lambda path: path in small or _rest(s.decay_rest, path)
+            updates = decayed(updates, params, base, leaves, ratio, rest)
         return updates, AlphaDecayState(optax.safe_increment(count), alpha, ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -147,7 +174,7 @@ def refresher(*, modules: Any, **settings) -> Callable[[Any, Any], Any]:
     _require("score", s.score, s.score != "grad_norm", "computed from parameters alone")
 
     def refresh(opt_state, params):
-        leaves = _leaves(s, params)
+        leaves, _ = _leaves(s, params)
 
         def one(state):
             if not isinstance(state, AlphaDecayState):
@@ -161,7 +188,9 @@ def refresher(*, modules: Any, **settings) -> Callable[[Any, Any], Any]:
     return refresh
 
 
-def diagnostics(state: AlphaDecayState, leaves: list[Leaf], every: int) -> dict[str, Array]:
+def diagnostics(
+    state: AlphaDecayState, leaves: list[Leaf], every: int, offset: int = 0
+) -> dict[str, Array]:
     """Scalars for a log: exponents and ratios by module type, their range, the mean ratio.
 
     Keys are alpha_TYPE, alpha_min_TYPE, ..., ratio_TYPE; types are the last name of a path
@@ -184,30 +213,38 @@ def diagnostics(state: AlphaDecayState, leaves: list[Leaf], every: int) -> dict[
     found["alpha_spread"] = found["alpha_max"] - found["alpha_min"]
     sizes = _sizes(leaves)
     found["ratio_mean"] = jnp.sum(sizes * _flat(leaves, state.ratio)) / sizes.sum()
-    found["since_refresh"] = (state.count - 1) % every
+    last = state.count - 1  # The step that this is the state after.
+    found["since_refresh"] = jnp.minimum((last + offset) % every, last)
     return found
 
 
-def decayed(updates, params, base, leaves: list[Leaf], ratio: dict, rest: Any = "base"):
-    """updates + base * ratio * params; `rest` as `decay_rest` of `alphadecay`."""
-    by_index = {leaf.index: leaf for leaf in leaves}
-    paths = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    given, tree = jax.tree.flatten(updates)
-    found = []
-    for i, (u, p) in enumerate(zip(given, jax.tree.leaves(params), strict=True)):
-        if i in by_index:
-            factor = base * spread(by_index[i], ratio[by_index[i].name])
-        elif not jnp.issubdtype(p.dtype, jnp.inexact) or not _rest(rest, paths[i]):
-            found.append(u)
-            continue
-        else:
+def decayed(
+    updates: Any, params: Any, base: Any, leaves: list[Leaf], ratio: dict, rest: Any = "base"
+) -> Any:
+    """updates + base * ratio * params; `rest` as `decay_rest` of `alphadecay`.
+
+    What is no floating number, and what has no update, is passed through.
+    """
+    by_name = {leaf.name: leaf for leaf in leaves}
+
+    def one(path, p, u):
+        name = dotted(path)
+        if u is None or not jnp.issubdtype(p.dtype, jnp.inexact):
+            return u
+        if name in by_name:
+            factor = base * spread(by_name[name], ratio[name])
+        elif _rest(rest, name):
             factor = base
-        found.append((u + factor * p).astype(u.dtype))
-    return jax.tree.unflatten(tree, found)
+        else:
+            return u
+        # In the type of the parameter, as Optax does it: ratios of 1 change no bit.
+        return (u + jnp.asarray(factor).astype(p.dtype) * p).astype(u.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params, updates)
 
 
 def scores(
-    s: Any, leaves: list[Leaf], weights: list[Array], gradients: list[Array]
+    s: Any, leaves: list[Leaf], weights: list, gradients: list
 ) -> list[Float[Array, "..."]]:
     """One score per module of each leaf, [*modules]."""
     if s.score == "grad_norm":
@@ -263,9 +300,9 @@ def _norm(leaf, g):
 
 def _refreshed(s, leaves, params, gradients, count, alpha, ratio):
     every, raw = jax.tree.leaves(params), jax.tree.leaves(gradients)
-    weights = [every[leaf.index] for leaf in leaves]
+    weights = [jnp.asarray(every[leaf.index]) for leaf in leaves]
     fitted = scores(s, leaves, weights, [raw[leaf.index] for leaf in leaves])
-    fresh = {a.name: v.astype(jnp.float32) for a, v in zip(leaves, fitted, strict=True)}
+    fresh = {a.name: v for a, v in zip(leaves, fitted, strict=True)}
     # Weights that are not numbers: whatever is decided about them is not decided here.
     sane = jnp.all(jnp.stack([jnp.isfinite(w).all() for w in weights]))
     old, new = _flat(leaves, alpha), _flat(leaves, fresh)
@@ -279,7 +316,7 @@ def _refreshed(s, leaves, params, gradients, count, alpha, ratio):
         s.s1,
         s.s2,
         quantiles=s.quantiles,
-        layer=layer,
+        layer=jnp.asarray(layer),
         layers=layers,
     )
     if s.normalize_mean:
@@ -287,20 +324,24 @@ def _refreshed(s, leaves, params, gradients, count, alpha, ratio):
         given = given * sizes.sum() / jnp.sum(sizes * given)
     keep = lambda fresh, old: jnp.where(sane, fresh, old)
     found = (keep(new, old), keep(given, _flat(leaves, ratio)))
-    return tuple(_unflat(leaves, v.astype(jnp.float32)) for v in found)
+    return tuple(_unflat(leaves, v) for v in found)
 
 
-def _leaves(s, params) -> list[Leaf]:
-    """The selected leaves that are large enough."""
+def _leaves(s, params) -> tuple[list[Leaf], set[str]]:
+    """The selected leaves that are large enough, and the names of those that are not."""
     found = select(params, s.modules)
     if s.score == "grad_norm":
-        return found
+        return found, set()
     large = [leaf for leaf in found if leaf.rank >= s.min_eigs]
     if not large:
         ranks = sorted({leaf.rank for leaf in found})
         allowed = f"at most {ranks[-1]}, the most eigenvalues that a module has"
         raise reject("optim.min_eigs", s.min_eigs, allowed)
-    return large
+    least = min(leaf.rank for leaf in large)
+    if exponents.tail_start(least, s.tail) < 1:
+        allowed = f"at most {1 - 1 / least:.4g}, for a value of {least} to lie below the tail"
+        raise reject("optim.tail", s.tail, allowed)
+    return large, {leaf.name for leaf in found} - {leaf.name for leaf in large}
 
 
 def _excluded(s, leaves):
@@ -316,8 +357,10 @@ def _layers(leaves) -> tuple[np.ndarray, int]:
     found = []
     for leaf in leaves:
         number = re.search(r"\d+", leaf.name)
-        index = np.indices(leaf.modules)
-        inside = index[0].ravel() if leaf.batch else np.zeros(index[0].size, int)
+        inside = np.zeros(leaf.modules, int)
+        if leaf.batch:
+            inside = np.indices(leaf.modules)[0]
+        inside = inside.ravel()
         found.append(np.full(inside.size, int(number[0])) if number else inside)
     _, layer = np.unique(np.concatenate(found), return_inverse=True)
     return layer, int(layer.max()) + 1
@@ -336,7 +379,9 @@ def _flat(leaves, values):
 def _unflat(leaves, vector):
     ends = np.cumsum([int(np.prod(leaf.modules)) for leaf in leaves])
     parts = jnp.split(vector, ends[:-1])
-    return {a.name: v.reshape(a.modules) for a, v in zip(leaves, parts, strict=True)}
+    return {
+        a.name: v.reshape(a.modules).astype(a.dtype) for a, v in zip(leaves, parts, strict=True)
+    }
 
 
 def _same_modules(leaves, state):
@@ -359,10 +404,11 @@ def checked(s: _Settings) -> _Settings:
     """The settings, if all are in range."""
     _require("s1", s.s1, 0 <= s.s1 < np.inf, "a finite number from 0 up")
     _require("s2", s.s2, s.s1 <= s.s2 < np.inf, f"finite and at least s1 = {s.s1}")
-    _require("every", s.every, s.every >= 1, "a whole number from 1 up")
-    _require("offset", s.offset, s.offset >= 0, "a whole number from 0 up")
+    for name, least in (("every", 1), ("offset", 0), ("min_eigs", 3)):
+        value = getattr(s, name)
+        whole = isinstance(value, int | np.integer) and value >= least
+        _require(name, value, whole, f"a whole number from {least} up")
     _require("tail", s.tail, 0 < s.tail < 1, "between 0 and 1")
-    _require("min_eigs", s.min_eigs, s.min_eigs >= 3, "a whole number from 3 up")
     _require("ema", s.ema, 0 <= s.ema < 1, "at least 0 and below 1")
     low, high = s.quantiles
     _require("quantiles", s.quantiles, 0 <= low < high <= 1, "ascending, from 0 to 1")
@@ -378,6 +424,11 @@ def checked(s: _Settings) -> _Settings:
     for name, known in choices.items():
         value = getattr(s, name)
         _require(name, value, value in known, f"one of {', '.join(known)}")
+    ratios = s.assignment in ("sqrt", "log2")
+    positive = s.shape_correction != "mp" or not ratios
+    _require("shape_correction", s.shape_correction, positive, "none with sqrt and log2")
+    above_one = s.assignment != "log2" or s.score in ("alpha", "stable_rank")
+    _require("assignment", s.assignment, above_one, "log2 for alpha and stable_rank alone")
     known = callable(s.decay_rest) or s.decay_rest in ("base", "none")
     _require("decay_rest", s.decay_rest, known, "base, none, or a function of the path")
     return s

@@ -19,6 +19,9 @@ from common.errors import UserError
 # Ends of a path that say nothing of what a module is.
 SILENT = ("kernel", "weight", "w", "embedding")
 
+# Optax has a message of its own for this, but not in public.
+NO_PARAMS = "Weight decay needs the parameters: call `update(updates, state, params)`."
+
 
 class Dims(NamedTuple):
     """Which axes of a leaf make a matrix, as in `optax.contrib.MuonDimensionNumbers`.
@@ -40,6 +43,7 @@ class Leaf(NamedTuple):
     reduction: tuple[int, ...]  # Axes, not negative.
     output: tuple[int, ...]
     parts: int
+    dtype: str = "float32"  # Of what is computed from it: that of the leaf, or wider.
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -153,7 +157,8 @@ def _leaf(name: str, index: int, leaf: Any, dims: Any) -> Leaf:
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise UserError(f"The module {name} is {leaf.dtype}, but must be real and floating.")
-    found = Leaf(name, index, shape, reduction, output, parts)
+    wide = jnp.promote_types(leaf.dtype, jnp.float32).name
+    found = Leaf(name, index, shape, reduction, output, parts, wide)
     width = int(np.prod([shape[a] for a in output]))
     if parts < 1 or width % parts:
         raise UserError(f"The module {name} has {width} outputs, which {parts} do not divide.")

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from optim.modules import Leaf, matrices
 
 METHODS = ("auto", "gram", "tridiagonal", "svd")
+SMALL = 128
 # Largest over median eigenvalue from which float32 Gram matrices lose the tail.
 LOST = 1e5
 # Eigenvalues below this share of the largest are rounding, in units of eps (Gram) and of
@@ -103,7 +104,7 @@ def _gram(leaf, w):
     return jnp.einsum(form, w, w.conj(), precision="highest"), scale
 
 
-def _split(function: Callable, pack: Float[Array, "b r r"]) -> Float[Array, "b k"]:
+def _split(function: Callable, pack: Float[Array, "b n m"]) -> Float[Array, "b k"]:
     """`function` of a pack, each device of the mesh in use doing its share of the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -120,7 +121,9 @@ def _decompose(pack, method, first):
     """Eigenvalues [b, r - first] of [b, r, r], ascending."""
     r = pack.shape[-1]
     if method == "auto":
-        method = "gram" if jax.default_backend() == "tpu" else "tridiagonal"
+        # Bisection takes many small steps; small matrices are done before it starts.
+        small = r < SMALL or jax.default_backend() == "tpu"
+        method = "gram" if small else "tridiagonal"
     if method == "gram" or r < 3:
         return jnp.linalg.eigvalsh(pack)[..., first:]
     # LAPACK is told nothing of numbers that are none; they come back as NaN.

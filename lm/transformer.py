@@ -1,0 +1,400 @@
+"""A LLaMA-style decoder: RMSNorm first, rotary positions, SwiGLU, no biases.
+
+    h <- h + Attention(RMSNorm(h)) Wo,   h <- h + (silu(x Wgate) * (x Wup)) Wdown,
+    x = RMSNorm(h),   logits = RMSNorm(h) Whead
+
+(Touvron et al., arXiv:2302.13971; the sizes and the start of arXiv:2506.14562.) Rotary
+positions pair the two halves of a head, as Hugging Face's LLaMA does, so that `lm.weights`
+can hand the parameters over as they are. Blocks are stacked along axis 0 and scanned:
+
+    embed/embedding [V, d]                     norm/scale [d]      head/kernel [d, V]
+    blocks/q/kernel [L, d, heads * c]          blocks/o/kernel [L, heads * c, d]
+    blocks/{k,v}/kernel [L, d, kv_heads * c]   c = d / heads
+    blocks/{gate,up}/kernel [L, d, f]          blocks/down/kernel [L, f, d]
+    blocks/{attention_norm,mlp_norm}/scale [L, d]
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from common.errors import reject
+
+Params = Any
+Cache = dict[str, Array]
+DTYPES = ("float32", "bfloat16", "float64")
+ATTENTION = ("auto", "xla", "cudnn")
+
+# Of arXiv:2506.14562; every other setting is what `transformer` has by itself.
+SIZES = {
+    "60m": dict(vocab=32000, dim=512, mlp=1376, heads=8, depth=8),
+    "135m": dict(vocab=32000, dim=768, mlp=2048, heads=12, depth=12),
+    "350m": dict(vocab=32000, dim=1024, mlp=2736, heads=16, depth=24),
+    "1b": dict(vocab=32000, dim=2048, mlp=5461, heads=32, depth=24),
+}
+
+
+class Model(NamedTuple):
+    """A language model as pure functions.
+
+    Attributes:
+      init: key -> params, float32 (float64 where that is the dtype).
+      apply: (params, tokens [B, T], positions [B or 1, T] = 0, 1, ..., segments [B, T] =
+        one) -> logits [B, T, V], float32 or wider; logits[:, t] are of the token at t + 1.
+        Attention stays among tokens of the same segment, an int per document of a packed
+        row; what is earlier is a matter of the place in the row. Positions only enter the
+        rotation, hence only their differences matter.
+      start: (batch, length, dtype = that of the model) -> an empty cache of keys and
+        values, {"k", "v"}: [L, B, length, kv_heads, c].
+      extend: (params, cache, tokens [B, t], positions [B or 1, t]) -> (logits [B, t, V],
+        cache). A position is the slot that is written, and a token sees all slots up to
+        its own: fill them from 0 without gaps. Slots beyond `length` are dropped. What
+        comes out is what `apply` gives for the whole row.
+    """
+
+    init: Callable[..., Params]
+    apply: Callable[..., Array]
+    start: Callable[..., Cache]
+    extend: Callable[..., tuple[Array, Cache]]
+
+
+class _Settings(NamedTuple):
+    vocab: int
+    dim: int
+    mlp: int
+    heads: int
+    depth: int
+    kv_heads: int
+    rope_base: float
+    norm_eps: float
+    init_std: float
+    remat: bool
+    dtype: str
+    attention: str
+    tie: bool
+    causal: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def wide(self) -> jnp.dtype:
+        """Of parameters, statistics of norms, and logits."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+
+def transformer(
+    *,
+    vocab: int,
+    dim: int,
+    mlp: int,
+    heads: int,
+    depth: int,
+    kv_heads: int = 0,
+    rope_base: float = 1e4,
+    norm_eps: float = 1e-6,
+    init_std: float = 0.02,
+    remat: bool = False,
+    dtype: str = "float32",
+    attention: str = "auto",
+    tie: bool = False,
+    causal: bool = True,
+) -> Model:
+    """The decoder of a config.
+
+    Args:
+      vocab: V, tokens are 0 ... V - 1.
+      dim, mlp, heads, depth: d, f, heads, L.
+      kv_heads: of keys and values, each shared by heads / kv_heads queries (GQA); 0: heads.
+      rope_base: pair i of a head turns by position * rope_base^(-2i/c).
+      norm_eps: added to the mean square in RMSNorm.
+      init_std: all matrices and the embedding start as normal(0, init_std).
+      remat: keep only each block's input for the gradient, compute the rest again.
+      dtype: of the products and the residual stream. float32 and float64 mean just that,
+        on any device; bfloat16 is the fast one. Parameters, norms, softmax and logits are
+        float32 in any case, and float64 with it (which needs JAX's x64).
+      attention: xla; cudnn (flash attention of NVIDIA, bfloat16 only); auto: cudnn where
+        the process has a GPU and the shapes allow it.
+      tie: the head is the embedding, transposed; `head` is absent.
+      causal: a token sees no later ones; False: all (for masked diffusion; no cache).
+
+    Raises:
+      UserError: a field is out of range, or fields do not fit each other.
+    """
+    fields = dict(locals())  # The arguments, nothing else yet.
+    s = _checked(_Settings(**fields | {"kv_heads": kv_heads or heads}))
+    bound = (partial(function, s) for function in (_init, _apply, _start, _extend))
+    return Model(*bound)
+
+
+def parameters(
+    *,
+    vocab: int,
+    dim: int,
+    mlp: int,
+    heads: int,
+    depth: int,
+    kv_heads: int = 0,
+    tie: bool = False,
+    **rest: Any,
+) -> int:
+    """How many there are. Takes all arguments of `transformer`; `rest` changes nothing."""
+    del rest
+    embeddings = vocab * dim * (1 if tie else 2)
+    attention = 2 * dim * dim + 2 * dim * (dim // heads) * (kv_heads or heads)
+    return embeddings + depth * (attention + 3 * dim * mlp + 2 * dim) + dim
+
+
+def flops_per_token(*, length: int, **model: Any) -> int:
+    """Of a training step (forward 1/3, backward 2/3), for rows of `length` tokens.
+
+    6 N + 12 L d length (Chowdhery et al., arXiv:2204.02311, appendix B): N counts what
+    multiplies a token, so not the embedding, which is looked up, nor norms. By the same
+    convention attention counts in full, masked or not, and recomputing (`remat`) does not.
+
+    Args:
+      length: of the rows.
+      model: the arguments of `transformer`.
+    """
+    dim, depth, vocab = model["dim"], model["depth"], model["vocab"]
+    looked_up = 0 if model.get("tie", False) else vocab * dim
+    norms = (2 * depth + 1) * dim
+    products = parameters(**model) - looked_up - norms
+    return 6 * products + 12 * depth * dim * length
+
+
+def rules(fsdp: bool) -> tuple[tuple[str, P], ...]:
+    """Placements for `Experiment.rules`: tensor parallel over "model", and with `fsdp` the
+    other axis of every matrix over "data".
+
+    A product's first matrix is split by columns and its second by rows, so a block needs
+    two sums over "model" and nothing else. heads, kv_heads, mlp and vocab must be divisible
+    by "model", dim by "data" (mlp = 5461 of the 1B model is not: it takes fsdp alone).
+    """
+    data = "data" if fsdp else None
+    return (
+        (r"blocks/(q|k|v|gate|up)/kernel", P(None, data, "model")),  # Axis 0 is depth.
+        (r"blocks/(o|down)/kernel", P(None, "model", data)),
+        (r"embed/embedding", P("model", data)),
+        (r"head/kernel", P(data, "model")),
+    )
+
+
+RULES = rules(fsdp=True)
+
+
+def _checked(s: _Settings) -> _Settings:
+    whole = "a whole number from {} up"
+    for name in ("vocab", "dim", "mlp", "heads"):
+        if getattr(s, name) < 1:
+            raise reject(f"model.{name}", getattr(s, name), whole.format(1))
+    if s.depth < 0:
+        raise reject("model.depth", s.depth, whole.format(0))
+    if s.dim % s.heads:
+        raise reject("model.heads", s.heads, f"a divisor of dim = {s.dim}")
+    if s.head_dim % 2:
+        allowed = f"such that dim / heads is even, not {s.head_dim}: rotations need pairs"
+        raise reject("model.heads", s.heads, allowed)
+    if s.kv_heads < 1 or s.heads % s.kv_heads:
+        raise reject("model.kv_heads", s.kv_heads, f"0 or a divisor of heads = {s.heads}")
+    for name in ("rope_base", "norm_eps"):
+        if not 0 < getattr(s, name) < float("inf"):
+            raise reject(f"model.{name}", getattr(s, name), "a finite number above 0")
+    if not 0 <= s.init_std < float("inf"):
+        raise reject("model.init_std", s.init_std, "a finite number from 0 up")
+    if s.dtype not in DTYPES:
+        raise reject("model.dtype", s.dtype, f"one of {', '.join(DTYPES)}")
+    if s.attention not in ATTENTION:
+        raise reject("model.attention", s.attention, f"one of {', '.join(ATTENTION)}")
+    if s.attention == "cudnn" and s.dtype != "bfloat16":
+        allowed = f"auto or xla with dtype {s.dtype}; cudnn takes bfloat16 only"
+        raise reject("model.attention", s.attention, allowed)
+    return s
+
+
+def _init(s: _Settings, key: jax.Array) -> Params:
+    d, f, depth, c = s.dim, s.mlp, s.depth, s.head_dim
+    shapes = {
+        "q": (d, s.heads * c),
+        "k": (d, s.kv_heads * c),
+        "v": (d, s.kv_heads * c),
+        "o": (s.heads * c, d),
+        "gate": (d, f),
+        "up": (d, f),
+        "down": (f, d),
+    }
+    embed, head, *keys = jax.random.split(key, 2 + len(shapes))
+    normal = lambda key, shape: s.init_std * jax.random.normal(key, shape, s.wide)
+    blocks = {
+        name: {"kernel": normal(k, (depth, *shape))}
+        for (name, shape), k in zip(shapes.items(), keys, strict=True)
+    }
+    ones = lambda *shape: {"scale": jnp.ones(shape, s.wide)}
+    blocks |= {"attention_norm": ones(depth, d), "mlp_norm": ones(depth, d)}
+    params = {
+        "embed": {"embedding": normal(embed, (s.vocab, d))},
+        "blocks": blocks,
+        "norm": ones(d),
+    }
+    return params if s.tie else params | {"head": {"kernel": normal(head, (d, s.vocab))}}
+
+
+def _apply(
+    s: _Settings,
+    params: Params,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "#batch time"] | None = None,
+    segments: Int[Array, "batch time"] | None = None,
+) -> Float[Array, "batch time vocab"]:
+    if positions is None:
+        positions = jnp.arange(tokens.shape[1])[None]
+    mask = None
+    if segments is not None:
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+
+    def attend(q, k, v):
+        return _attention(s, q, k, v, mask, s.causal), None
+
+    with _precisely(s):
+        rotation = _rotation(s, positions)
+        body = lambda h, p: _block(s, p, h, rotation, attend)
+        if s.remat:
+            # A scan's body runs in a loop of its own, where nothing could be merged anyway.
+            body = jax.checkpoint(body, prevent_cse=False)
+        h, _ = jax.lax.scan(body, _embedded(s, params, tokens), params["blocks"])
+        return _logits(s, params, h)
+
+
+def _start(s: _Settings, batch: int, length: int, dtype: Any = None) -> Cache:
+    if not s.causal:
+        raise reject("model.causal", s.causal, "True: with later tokens seen, none is final")
+    shape = (s.depth, batch, length, s.kv_heads, s.head_dim)
+    return {name: jnp.zeros(shape, dtype or s.dtype) for name in ("k", "v")}
+
+
+def _extend(
+    s: _Settings,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "#batch time"],
+) -> tuple[Float[Array, "batch time vocab"], Cache]:
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    row = jnp.arange(len(tokens))[:, None]
+    slots = jnp.arange(cache["k"].shape[2])
+    mask = (slots <= positions[:, :, None])[:, None]
+
+    def body(h, layer):
+        p, old = layer
+
+        def attend(q, k, v):
+            write = lambda slots, new: slots.at[row, positions].set(
+                new.astype(slots.dtype), mode="drop"
+            )
+            kept = jax.tree.map(write, old, {"k": k, "v": v})
+            k, v = (kept[name].astype(q.dtype) for name in "kv")
+            # For a few queries there is nothing that flash attention could save.
+            return _attention(s._replace(attention="xla"), q, k, v, mask, False), kept
+
+        return _block(s, p, h, rotation, attend)
+
+    with _precisely(s):
+        rotation = _rotation(s, positions)
+        h = _embedded(s, params, tokens)
+        h, cache = jax.lax.scan(body, h, (params["blocks"], cache))
+        return _logits(s, params, h), cache
+
+
+def _block(s: _Settings, p: Params, h: Float[Array, "b t d"], rotation, attend) -> tuple:
+    """One layer; `attend` is (q [b t h c], k, v) -> (mixed values, what to keep)."""
+    b, t, _ = h.shape
+    x = _norm(s, h, p["attention_norm"])
+    q, k, v = (_linear(x, p[name]).reshape(b, t, -1, s.head_dim) for name in "qkv")
+    mixed, kept = attend(_rotated(q, rotation), _rotated(k, rotation), v)
+    h = h + _linear(mixed.reshape(b, t, s.dim), p["o"])
+    x = _norm(s, h, p["mlp_norm"])
+    inner = jax.nn.silu(_linear(x, p["gate"])) * _linear(x, p["up"])
+    return h + _linear(inner, p["down"]), kept
+
+
+def _attention(
+    s: _Settings,
+    q: Float[Array, "b t h c"],
+    k: Float[Array, "b u g c"],
+    v: Float[Array, "b u g c"],
+    mask: Bool[Array, "b 1 t u"] | None,
+    causal: bool,
+) -> Float[Array, "b t h c"]:
+    if s.dtype == "float64":
+        return _wide_attention(q, k, v, mask, causal)
+    which = s.attention
+    if which == "auto":
+        # What cuDNN can do on every GPU of the last years; odd lengths not with a mask.
+        fits = s.head_dim <= 128 and s.head_dim % 8 == 0
+        fits = fits and (mask is None or q.shape[1] % 2 == 0)
+        gpu = s.dtype == "bfloat16" and jax.default_backend() == "gpu"
+        which = "cudnn" if gpu and fits else "xla"
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, implementation=which
+    )
+
+
+def _wide_attention(q, k, v, mask, causal):
+    """In float64 to the end: the softmax of `jax.nn.dot_product_attention` is float32."""
+    b, t, h, c = q.shape
+    k, v = (jnp.repeat(a, h // a.shape[2], axis=2) for a in (k, v))
+    seen = jnp.ones((b, 1, t, k.shape[1]), bool) if mask is None else mask
+    seen = jnp.tril(seen) if causal else seen
+    scores = jnp.einsum("bthc,buhc->bhtu", q, k) / jnp.sqrt(c).astype(q.dtype)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+    return jnp.einsum("bhtu,buhc->bthc", weights, v)
+
+
+def _rotation(s: _Settings, positions: Int[Array, "#b t"]) -> tuple[Array, Array]:
+    """Cosine and sine of position * base^(-2i/c), [b, t, 1, c / 2]."""
+    pair = jnp.arange(0, s.head_dim, 2, dtype=s.wide) / s.head_dim
+    frequency = jnp.asarray(s.rope_base, s.wide) ** -pair
+    angle = positions.astype(s.wide)[:, :, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotated(x: Float[Array, "b t h c"], rotation) -> Float[Array, "b t h c"]:
+    """Pairs are (i, i + c/2): `rotate_half` of Hugging Face, not Meta's (2i, 2i + 1)."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _norm(s: _Settings, x: Float[Array, "b t d"], p: Params) -> Float[Array, "b t d"]:
+    wide = x.astype(s.wide)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + s.norm_eps) * p["scale"]).astype(x.dtype)
+
+
+def _linear(x: Float[Array, "b t i"], p: Params) -> Float[Array, "b t o"]:
+    return x @ p["kernel"].astype(x.dtype)
+
+
+def _embedded(s: _Settings, params: Params, tokens: Array) -> Float[Array, "b t d"]:
+    # Rounded after the look-up, so that the gradient is summed up in full precision.
+    return params["embed"]["embedding"][tokens].astype(s.dtype)
+
+
+def _logits(s: _Settings, params: Params, h: Array) -> Float[Array, "b t vocab"]:
+    kernel = params["embed"]["embedding"].T if s.tie else params["head"]["kernel"]
+    h = _norm(s, h, params["norm"])
+    return jnp.matmul(h, kernel.astype(h.dtype), preferred_element_type=s.wide)
+
+
+def _precisely(s: _Settings):
+    """Float32 is float32: no TF32 on GPUs, no bfloat16 passes on TPUs."""
+    exact = s.dtype != "bfloat16"
+    return jax.default_matmul_precision("highest") if exact else nullcontext()
