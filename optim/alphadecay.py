@@ -27,10 +27,9 @@ from jaxtyping import Array, Float, Int
 
 from common.errors import reject
 from optim import assignment as assign
-from optim import exponents, spectra
-from optim.modules import NO_PARAMS, Leaf, dotted, matrices, select, spread
+from optim import exponents, scores, spectra
+from optim.modules import NO_PARAMS, Leaf, dotted, select, spread
 
-SCORES = ("alpha", "grad_norm", "frobenius", "spectral", "stable_rank", "alpha_hat")
 CORRECTIONS = ("none", "mp", "subsample")
 
 
@@ -243,65 +242,10 @@ def decayed(
     return jax.tree_util.tree_map_with_path(one, params, updates)
 
 
-def scores(
-    s: Any, leaves: list[Leaf], weights: list, gradients: list
-) -> list[Float[Array, "..."]]:
-    """One score per module of each leaf, [*modules]."""
-    if s.score == "grad_norm":
-        return [_norm(leaf, g) for leaf, g in zip(leaves, gradients, strict=True)]
-    if s.shape_correction == "subsample" and s.score in ("alpha", "alpha_hat"):
-        values = [_windows(leaf, w, s.method) for leaf, w in zip(leaves, weights, strict=True)]
-    else:
-        whole = s.fit != "median" or s.score in ("frobenius", "stable_rank")
-        first = lambda r: 0 if whole else exponents.tail_start(r, s.tail) - 1
-        values = spectra.eigenvalues(leaves, weights, s.method, first)
-    return [_score(s, leaf, v) for leaf, v in zip(leaves, values, strict=True)]
-
-
-def _score(s, leaf, values):
-    largest, total = values[..., -1], values.sum(axis=-1)
-    if s.score == "frobenius":
-        return total
-    if s.score == "spectral":
-        return largest
-    if s.score == "stable_rank":
-        return total / largest
-    if s.fit != "median":
-        alpha = exponents.clauset_alpha(values, s.fit, s.slip)
-    elif s.shape_correction == "subsample":
-        alpha = exponents.hill_alpha(values, s.tail, s.reference)
-    else:  # Of the whole spectrum, one value below the tail and the tail are here.
-        below = values[..., 0 if s.reference == "hill" else 1]
-        alpha = exponents.tail_alpha(values[..., 1:], below)
-    if s.shape_correction == "mp":
-        alpha = alpha - exponents.marchenko_pastur_alpha(*leaf.sides, s.tail)
-    if s.score == "alpha_hat":
-        return jax.nn.softplus(alpha * jnp.log10(largest))
-    return alpha
-
-
-def _windows(leaf, w, method):
-    """Pooled eigenvalues of square windows that cover the long side, ascending."""
-    w = matrices(leaf, w)
-    n, m = leaf.sides
-    w, r, long = (w, n, m) if n <= m else (jnp.swapaxes(w, -1, -2), m, n)
-    count = -(-long // r)
-    starts = np.linspace(0, long - r, count).round().astype(int)
-    cut = jnp.stack([w[..., a : a + r] for a in starts], axis=-3)
-    return jnp.sort(spectra.esd(cut, method).reshape(*leaf.modules, -1), axis=-1)
-
-
-def _norm(leaf, g):
-    g = matrices(leaf, g).astype(jnp.promote_types(g.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
-    unit = jnp.where(largest > 0, largest, 1)
-    return jnp.sqrt(jnp.sum((g / unit) ** 2, axis=(-2, -1))) * unit[..., 0, 0]
-
-
 def _refreshed(s, leaves, params, gradients, count, alpha, ratio):
     every, raw = jax.tree.leaves(params), jax.tree.leaves(gradients)
     weights = [jnp.asarray(every[leaf.index]) for leaf in leaves]
-    fitted = scores(s, leaves, weights, [raw[leaf.index] for leaf in leaves])
+    fitted = scores.of_modules(s, leaves, weights, [raw[leaf.index] for leaf in leaves])
     fresh = {a.name: v for a, v in zip(leaves, fitted, strict=True)}
     # Weights that are not numbers: whatever is decided about them is not decided here.
     sane = jnp.all(jnp.stack([jnp.isfinite(w).all() for w in weights]))
@@ -416,7 +360,7 @@ def checked(s: _Settings) -> _Settings:
         fit=exponents.FITS,
         reference=("mle", "hill"),
         assignment=assign.ASSIGNMENTS,
-        score=SCORES,
+        score=scores.SCORES,
         method=spectra.METHODS,
         refresh=("inline", "external"),
         shape_correction=CORRECTIONS,
