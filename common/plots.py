@@ -50,3 +50,9 @@ def figure(path: Path, columns: int = 1, rows: int = 1, **kwargs) -> Iterator:
             os.replace(temporary, path)
         finally:
             plt.close(drawn)
+
+
+def colour(i: int) -> str:
+    """The i-th colour, beyond the style's own where there are many lines."""
+    wheel = matplotlib.color_sequences["tab10"]
+    return matplotlib.colors.to_hex(wheel[i % len(wheel)])

@@ -268,6 +268,21 @@ def split(corpus: Corpus, holdout: float, by_document: bool = False) -> tuple[Co
     )
 
 
+def head(corpus: Corpus, tokens: int) -> Corpus:
+    """The first `tokens` tokens, a view; the whole corpus if it has no more. 0: all.
+
+    Raises:
+      UserError: fewer than two tokens are asked for.
+    """
+    if tokens < 0 or tokens == 1:
+        raise UserError(f"A text cannot be cut to {tokens} tokens: at least 2, or 0 for all.")
+    if not 0 < tokens < len(corpus.tokens):
+        return corpus
+    last = int(np.searchsorted(corpus.offsets, tokens))
+    offsets = np.append(corpus.offsets[:last], tokens).astype(np.int64)
+    return corpus._replace(tokens=corpus.tokens[:tokens], offsets=offsets)
+
+
 def check(corpus: Corpus, tokens: np.ndarray) -> None:
     """Refuses tokens beyond the vocabulary.
 

@@ -1,0 +1,157 @@
+"""AlphaDecay: weight decay per module, from the heavy tail of its spectrum (arXiv:2506.14562).
+
+    python main.py --config=configs/alphadecay.py            # byte-level, minutes
+    python main.py --config=configs/alphadecay.py:60m --config.data.path=STORE
+    python main.py --config=configs/alphadecay.py --do=analyze
+
+Sizes: test, small, 60m, 135m, 350m, 1b, and paper (135m with all methods of its tables).
+STORE is a folder of `python -m lm.prepare --source=allenai/c4 --tokenizer=... --out=STORE`.
+"""
+
+from configs.base import at_size, base
+
+
+def get_config(size: str = "small"):
+    config = base("lm.causal")
+    config.steps = 1500
+    config.log_every = 25
+    config.eval_every = 250
+    config.save_every = 500
+    config.n_seeds = 3
+    config.batch_size = 16
+    config.accumulate = 1  # Slices of the batch, one after the other.
+    config.fsdp = False  # Parameters split over the data axis, too.
+    config.peak_flops = 0.0  # Of all devices together, for the model FLOPs utilisation.
+    # path, valid: a token store, text files, or "" for the shipped tinyshakespeare and for
+    # the last `holdout` of the first. pack: windows over all documents, or one document a
+    # row; end_cut: end cut rows in the end-of-text token.
+    config.data = dict(
+        path="",
+        valid="",
+        holdout=0.1,
+        limit=0,  # Tokens to train on, from the start; 0: all.
+        tokenizer="",
+        length=64,
+        pack=True,
+        end_cut=False,
+        order_seed=0,
+    )
+    config.model = dict(
+        vocab=256,
+        dim=64,
+        mlp=172,
+        heads=4,
+        depth=3,
+        kv_heads=0,
+        rope_base=1e4,
+        norm_eps=1e-6,
+        init_std=0.02,
+        remat=False,
+        dtype="float32",
+        attention="auto",
+        tie=False,
+    )
+    config.optim = dict(
+        name="adamw",  # adamw, adam (coupled L2), lion or muon
+        learning_rate=3e-3,
+        warmup=0.1,
+        final=0.1,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        clip=1.0,
+        weight_decay=0.1,
+        rule="uniform",  # see optim/pretraining.py
+        independent=False,
+        decay_rest="base",
+        # Of uniform_matched and static_by_type: time means of an AlphaDecay run.
+        matched=3.5,
+        ratios=dict(q=1.0, k=1.0, v=1.0, o=1.0, gate=4.8, up=4.8, down=4.8),
+        shuffle_seed=0,
+        rho=1.0,
+        alphadecay=dict(
+            s1=0.67,
+            s2=5.0,
+            every=100,
+            offset=0,
+            min_eigs=50,
+            exclude=(),
+            fit="median",
+            tail=0.5,
+            reference="mle",
+            assignment="linear",
+            score="alpha",
+            method="auto",
+            quantiles=(0.0, 1.0),
+            normalize_mean=False,
+            ema=0.0,
+            shape_correction="none",
+        ),
+    )
+    config.eval = dict(tokens=100_000, batch_size=64)
+    config.sample = dict(count=2, steps=300, temperature=0.8, top_k=0, top_p=0.95)
+    rule = lambda name, **more: dict(optim=dict(rule=name, **more))
+    methods = {
+        "none": rule("none"),
+        "uniform": rule("uniform"),
+        "uniform_matched": rule("uniform_matched"),
+        "static_by_type": rule("static_by_type"),
+        "shuffled": rule("shuffled"),
+        "alphadecay": rule("alphadecay"),
+    }
+    config.runs = methods
+
+    def published(dim, mlp, heads, depth, steps, peak=1e-3, **optim):
+        """The recipe of section 12: Adam with L2, 512 rows of 256 tokens, no packing."""
+        return dict(
+            steps=steps,
+            log_every=50,
+            eval_every=5000,
+            save_every=1000,
+            n_seeds=1,
+            batch_size=512,
+            data=dict(length=256, pack=False),
+            model=dict(
+                vocab=32000, dim=dim, mlp=mlp, heads=heads, depth=depth, dtype="bfloat16"
+            ),
+            optim=dict(
+                name="adam",
+                learning_rate=peak,
+                weight_decay=5e-6,
+                alphadecay=dict(every=500),
+                **optim,
+            ),
+            eval=dict(tokens=10_000_000, batch_size=512),
+        )
+
+    sizes = {
+        "test": dict(
+            steps=6,
+            log_every=2,
+            eval_every=3,
+            save_every=3,
+            n_seeds=2,
+            batch_size=8,
+            data=dict(length=16),
+            model=dict(dim=16, mlp=24, heads=2, depth=2),
+            optim=dict(alphadecay=dict(every=2, min_eigs=8)),
+            eval=dict(tokens=500, batch_size=8),
+            sample=dict(count=1, steps=20),
+            runs=dict(uniform=rule("uniform"), alphadecay=rule("alphadecay")),
+        ),
+        "small": dict(),
+        "60m": published(512, 1376, 8, 8, 10_000),
+        "135m": published(768, 2048, 12, 12, 20_000),
+        "350m": published(1024, 2736, 16, 24, 60_000),
+        "1b": published(2048, 5461, 32, 24, 90_000, peak=6e-4),
+        "paper": published(768, 2048, 12, 12, 20_000)
+        | dict(
+            n_seeds=6,
+            runs={
+                **methods,
+                "awd": rule("awd"),
+                "adadecay_module": rule("adadecay_module"),
+            },
+        ),
+    }
+    return at_size(config, size, sizes)

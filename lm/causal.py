@@ -1,0 +1,208 @@
+"""Pre-training of a causal language model, and what weight decay does to it.
+
+The model is `lm.transformer`, the text `lm.corpus`, the optimizers `optim.pretraining`:
+AlphaDecay (He et al., arXiv:2506.14562), its controls and its baselines. Variants of
+`config.runs` are compared over seeds in one command. Where to find what:
+
+    exponents of spectra, sections 2 and 4     optim/exponents.py, optim/spectra.py
+    decay ratios, section 3                    optim/assignment.py, optim/alphadecay.py
+    baselines and controls                     optim/weight_decay.py, optim/decay_controls.py
+    validation, true and release-comparable    `evaluate` below
+    tables, paired tests, figures              report.py, figures.py
+
+Actions: evaluate, sample (continues --input or the start of the text), export (a folder
+that `transformers` opens), analyze (spectra of the modules of this or any checkpoint).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from common import mesh as meshes
+from common.errors import reject
+from common.experiment import Experiment
+from lm import actions, batches, corpus, report
+from lm.modules import modules
+from lm.transformer import rules, transformer
+from optim.alphadecay import AlphaDecayState, diagnostics
+from optim.modules import select
+from optim.pretraining import pretraining
+
+
+class State(NamedTuple):
+    params: Any
+    opt: optax.OptState
+
+
+class Parts(NamedTuple):
+    """What training and the actions share."""
+
+    model: Any
+    train: corpus.Corpus
+    valid: corpus.Corpus
+    evaluate: Any
+
+
+def make(config) -> Experiment:
+    """The experiment of `configs/alphadecay.py`.
+
+    Raises:
+      UserError: the config asks for what cannot be.
+    """
+    train, valid = texts(**config.data)
+    _check(config, train)
+    model = transformer(**config.model)
+    tx = pretraining(**config.optim, steps=config.steps, modules=modules)
+    settings = config.optim.alphadecay
+
+    def init(key):
+        params = model.init(key)
+        return State(params, tx.init(params))
+
+    def step(state, batch, key):
+        del key  # No dropout.
+        loss, grads = _gradient(partial(summed_loss, model), state.params, batch, config)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        values = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+        }
+        return State(params, opt), values | _decay_figures(opt, params, settings)
+
+    one = partial(evaluate, config, model, valid)
+    parts = Parts(model, train, valid, one)
+    return Experiment(
+        init=init,
+        step=step,
+        batch=_batches(config, train),
+        evaluate=one,
+        report=report.report,
+        adopt=lambda fresh, donor: fresh._replace(params=donor.params),
+        rules=rules(config.fsdp),
+        actions={name: partial(run, config, parts) for name, run in actions.ALL.items()},
+        headline=lambda row: f"loss {row['loss']:.4f}  grad {row['grad_norm']:.2f}",
+        cost=lambda: report.flops(config),
+    )
+
+
+def texts(path: str, valid: str, holdout: float, limit: int, tokenizer: str, **rest):
+    """Training and validation text: `valid`, or the last `holdout` of the first."""
+    del rest
+    found = corpus.load(path, tokenizer)
+    if valid:
+        train, held_out = found, corpus.load(valid, tokenizer)
+    else:
+        train, held_out = corpus.split(found, holdout)
+    return corpus.head(train, limit), held_out
+
+
+def summed_loss(model, params, batch) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy summed over the targets that count, and their number."""
+    logits = model.apply(params, batch["tokens"][:, :-1])
+    xent = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    mask = batch["mask"]
+    return jnp.sum(jnp.where(mask, xent, 0)), jnp.sum(mask)
+
+
+def _gradient(loss, params, batch, config):
+    """Mean loss of the batch and its gradient, `accumulate` slices one after the other."""
+    total = jnp.maximum(jnp.sum(batch["mask"]), 1)
+    mean = lambda params, part: loss(params, part)[0] / total
+    parts = config.accumulate
+    if parts == 1:
+        return jax.value_and_grad(mean)(params, batch)
+    # Rows of a slice stay where they are: the first axis is split over the devices.
+    split = lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0)
+
+    def more(carry, part):
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(mean)(params, part)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(more, zero, jax.tree.map(split, batch))[0]
+
+
+def _decay_figures(opt, params, settings) -> dict:
+    """Exponents and ratios by type of module, where the optimizer has them."""
+    is_ours = lambda x: isinstance(x, AlphaDecayState)
+    found = [s for s in jax.tree.leaves(opt, is_leaf=is_ours) if is_ours(s)]
+    if not found:
+        return {}
+    leaves = [a for a in select(params, modules) if a.name in found[0].ratio]
+    return diagnostics(found[0], leaves, settings.every, settings.offset)
+
+
+def evaluate(config, model, valid, state, key) -> dict:
+    """Validation loss over a fixed budget of tokens, and the spectra of all modules.
+
+    Returns:
+      val_loss: mean cross-entropy per target, nats (the truth); val_ppl its exponential.
+      val_ppl_released: exp(sum of batch means / (batches + 1)), what the published tables
+        print (the released evaluation starts its counter at 1).
+      alpha_by_module, ratio_by_module: {type: per layer}, as far as they exist.
+    """
+    del key
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = config.eval.batch_size
+    parts = batches.validation(valid, rows, *_budget(config))
+
+    @jax.jit
+    def measure(params, batch):
+        return summed_loss(model, params, batch)
+
+    found = []
+    for part in tqdm(parts, desc="evaluating", leave=False, disable=None):
+        part = {k: part[k] for k in ("tokens", "mask")}
+        if not mesh.empty:
+            part = meshes.to_devices(part, meshes.make(**config.mesh))
+        found.append(measure(state.params, part))
+    sums, counts = np.array(jax.device_get(found), float).T
+    loss = sums.sum() / counts.sum()
+    released = (sums / counts).sum() / (len(sums) + 1)
+    return {
+        "val_loss": loss,
+        "val_ppl": np.exp(loss),
+        "val_ppl_released": np.exp(released),
+        "val_tokens": int(counts.sum()),
+    } | actions.spectra_of(state.params, state.opt)
+
+
+def _budget(config) -> tuple[int, int, bool, bool]:
+    data = config.data
+    return data.length, config.eval.tokens, data.pack, data.end_cut
+
+
+def _batches(config, train):
+    data, seed = config.data, config.seed + config.data.order_seed
+    if data.pack:
+        made = batches.packed(train, config.batch_size, data.length, seed)
+    else:
+        made = batches.rows(train, config.batch_size, data.length, seed, data.end_cut)
+    return lambda step: {k: v for k, v in made(step).items() if k in ("tokens", "mask")}
+
+
+def _check(config, train) -> None:
+    devices = meshes.make(**config.mesh).shape["data"]
+    for name, rows in (
+        ("batch_size", config.batch_size),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        if rows < 1 or rows % devices:
+            raise reject(name, rows, f"a multiple of the {devices} devices of mesh.data")
+    if config.accumulate < 1 or (config.batch_size // devices) % config.accumulate:
+        allowed = f"a divisor of the {config.batch_size // devices} rows of a device"
+        raise reject("accumulate", config.accumulate, allowed)
+    if train.largest >= config.model.vocab:
+        allowed = f"at least {train.largest + 1} for the tokens of this text"
+        raise reject("model.vocab", config.model.vocab, allowed)
+    if config.data.length < 2:
+        raise reject("data.length", config.data.length, "at least 2")
+    if config.eval.tokens < 0:
+        raise reject("eval.tokens", config.eval.tokens, "0 (all) or more")

@@ -1,0 +1,188 @@
+"""Optimizers of language-model pre-training, from a config's `optim`.
+
+    adamw   clip, scale_by_adam, decay, learning rate            decoupled
+    adam    clip, decay, scale_by_adam, learning rate            coupled, L2
+    lion    clip, scale_by_lion, decay, learning rate            decoupled
+    muon    clip, Muon on the modules and Adam on the rest, decay, learning rate
+
+`decay` is one of `RULES`: AlphaDecay, its controls and its baselines. Linear warm-up, then
+a cosine to `final` times the peak (arXiv:2506.14562, section 4).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from common.errors import reject
+from optim import decay_controls as controls
+from optim import weight_decay as wd
+from optim.alphadecay import alphadecay
+from optim.modules import dotted
+
+FITTED = ("alphadecay", "shuffled", "adadecay_module")
+RULES = (
+    "none",
+    "uniform",
+    "uniform_matched",
+    "static_by_type",
+    *FITTED,
+    "awd",
+    "adadecay",
+    "cautious",
+    "adamc",
+    "scheduled",
+    "gradient_ratio",
+    "norm_control",
+)
+OPTIMIZERS = ("adamw", "adam", "lion", "muon")
+
+
+def pretraining(
+    name: str,
+    *,
+    steps: int,
+    modules: Any,
+    learning_rate: float,
+    warmup: float,
+    final: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    clip: float,
+    weight_decay: float,
+    rule: str,
+    independent: bool,
+    decay_rest: str,
+    matched: float,
+    ratios: Any,
+    shuffle_seed: int,
+    rho: float,
+    alphadecay: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The chain of a config. Its input is the raw gradient of the loss.
+
+    Args:
+      name: of `OPTIMIZERS`.
+      steps: of the whole run, for the schedule.
+      modules: as in `optim.alphadecay.alphadecay`.
+      learning_rate: the peak.
+      warmup, final: share of the steps, and of the peak at the end.
+      clip: largest global norm of the raw gradient; 0: none.
+      weight_decay: eta, or the strength of awd.
+      rule: of `RULES`. "uniform_matched" decays all modules at `matched` times eta,
+        "static_by_type" at `ratios[type]` times eta; the rest is at eta.
+      independent: divide eta by the peak, so that shrinkage does not depend on it.
+      decay_rest: "base" or "none", for what is no module.
+      rho: target norm of norm_control.
+      alphadecay: the settings of `alphadecay`, s1, s2, every, ...
+
+    Raises:
+      UserError: a field is out of range.
+    """
+    if name not in OPTIMIZERS:
+        raise reject("optim.name", name, f"one of {', '.join(OPTIMIZERS)}")
+    if rule not in RULES:
+        raise reject("optim.rule", rule, f"one of {', '.join(RULES)}")
+    coupled = name == "adam"
+    if coupled and rule in ("cautious", "adamc", "scheduled", "norm_control"):
+        raise reject("optim.rule", rule, "a rule that couples, or optim.name adamw")
+    for field, value in (("warmup", warmup), ("final", final)):
+        if not 0 <= value <= 1:
+            raise reject(f"optim.{field}", value, "a share from 0 to 1")
+    for field, value in (("b1", b1), ("b2", b2)):
+        if not 0 <= value < 1:
+            raise reject(f"optim.{field}", value, "at least 0 and below 1")
+    for field, value in (("learning_rate", learning_rate), ("eps", eps)):
+        if not 0 < value < float("inf"):
+            raise reject(f"optim.{field}", value, "a finite number above 0")
+    if not 0 <= clip < float("inf"):
+        raise reject("optim.clip", clip, "a finite number from 0 (none) up")
+    rate = schedule(learning_rate, steps, warmup, final)
+    strength = wd.independent(weight_decay, learning_rate) if independent else weight_decay
+    decay = _rule(
+        rule, strength, rate, learning_rate, b2, modules, decay_rest, matched, ratios,
+        shuffle_seed, rho, dict(alphadecay),
+    )  # fmt: skip
+    direction = {
+        "adam": lambda: optax.scale_by_adam(b1, b2, eps),
+        "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
+        "lion": lambda: optax.scale_by_lion(b1, b2),
+        "muon": lambda: _muon(modules, b1, b2, eps),
+    }[name]()
+    order = (decay, direction) if coupled else (direction, decay)
+    inner = wd.with_gradient(optax.chain(*order, optax.scale_by_learning_rate(rate)))
+    return optax.chain(optax.clip_by_global_norm(clip), inner) if clip else inner
+
+
+def schedule(peak: float, steps: int, warmup: float, final: float) -> Callable:
+    """step -> learning rate: 0 to the peak in warmup * steps, a cosine to final * peak."""
+    rise = round(warmup * steps)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, rise, max(steps, rise + 1), final * peak
+    )
+
+
+def _rule(
+    rule, eta, rate, peak, b2, modules, rest, matched, ratios, seed, rho, settings
+) -> optax.GradientTransformation:
+    admitted = (lambda path: True) if rest == "base" else _selects(modules)
+    layered = lambda path: int(path.startswith("blocks."))  # Stacked along axis 0.
+    by_type = lambda ratios: controls.static_by_type(
+        eta, ratios, modules=modules, decay_rest=rest
+    )
+    shared = dict(modules=modules, decay_rest=rest)
+    gradients = dict(score="grad_norm", assignment="sigmoid")
+    made = {
+        "none": lambda: optax.identity(),
+        "uniform": lambda: _uniform(eta, admitted),
+        "uniform_matched": lambda: by_type(dict.fromkeys(ratios, matched)),
+        "static_by_type": lambda: by_type(dict(ratios)),
+        "alphadecay": lambda: alphadecay(eta, **shared, **settings),
+        "shuffled": lambda: controls.shuffled(eta, seed, **shared, **settings),
+        "adadecay_module": lambda: alphadecay(eta, **shared, **settings | gradients),
+        "awd": lambda: wd.awd(eta, mask=admitted),
+        "adadecay": lambda: wd.adadecay(eta, mask=admitted, stacked=layered),
+        "cautious": lambda: wd.cautious(eta, mask=admitted),
+        "adamc": lambda: wd.adamc(
+            eta, rate, peak=peak, normalised=_selects(modules), mask=admitted
+        ),
+        "scheduled": lambda: wd.scheduled(eta, b2=b2, mask=admitted),
+        "gradient_ratio": lambda: wd.gradient_ratio(eta, mask=admitted, stacked=layered),
+        "norm_control": lambda: wd.norm_control(eta, rho, mask=admitted, stacked=layered),
+    }
+    return made[rule]()
+
+
+def _uniform(eta: float, admitted: Callable[[str], bool]) -> optax.GradientTransformation:
+    """updates + eta w where the path is admitted: AdamW's decay, or L2."""
+    wd.check("weight_decay", eta)
+    mask = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: admitted(dotted(path)), params
+    )
+    return optax.add_decayed_weights(eta, mask=mask)
+
+
+def _selects(modules) -> Callable[[str], bool]:
+    return lambda path: modules(path, None) is not None
+
+
+def _muon(modules, b1, b2, eps) -> optax.GradientTransformation:
+    """Orthogonalised momentum for the modules, Adam for embeddings, head and norms."""
+
+    def dims(params):
+        def one(path, leaf):
+            found = modules(dotted(path), leaf)
+            if found is None:
+                return None
+            axes = ((found.reduction_axis % leaf.ndim,), (found.output_axis % leaf.ndim,))
+            return optax.contrib.MuonDimensionNumbers(*axes)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=dims)
+    labels = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: "muon" if modules(dotted(path), leaf) is not None else "adam", params
+    )
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(b1, b2, eps)}, labels)

@@ -1,0 +1,134 @@
+"""Pre-training: accumulation and placement change nothing, losses and actions are right."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import config as configs
+from common import loop, metrics
+from common import mesh as meshes
+from common.errors import UserError
+from common.experiment import Run
+from lm import causal, weights
+from lm.transformer import transformer
+
+
+def config(devices=1, **changes):
+    made = configs.load("configs/alphadecay.py:test")
+    made.mesh.data = devices
+    made.optim.rule = "alphadecay"
+    configs.apply(made, changes)
+    return made
+
+
+def trained(steps=4, **changes):
+    c = config(**changes)
+    with jax.set_mesh(mesh := meshes.make(**c.mesh)):
+        made = causal.make(c)
+        placed = loop.shapes(made, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+        state = jax.jit(made.init, out_shardings=shardings)(jax.random.key(0))
+        step = loop.stepper(made, placed)
+        for i in range(steps):
+            batch = meshes.to_devices(made.batch(i), mesh)
+            state, values = step(state, batch, jax.random.key(1), jnp.uint32(i))
+        found = made.evaluate(state, jax.random.key(2))
+        return c, made, jax.device_get(state), jax.device_get(values), found
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return trained()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(accumulate=2),
+        dict(accumulate=8),
+        dict(devices=8),
+        dict(devices=8, fsdp=True),
+        dict(devices=4, accumulate=2, fsdp=True, mesh=dict(model=2)),
+        dict(model=dict(remat=True)),
+    ],
+    ids=str,
+)
+def test_placement_and_accumulation_change_nothing(plain, changes):
+    _, _, state, values, found = trained(**changes)
+    chex.assert_trees_all_close(state.params, plain[2].params, atol=2e-5)
+    for name in ("loss", "grad_norm", "ratio_mean"):
+        assert float(values[name]) == pytest.approx(float(plain[3][name]), rel=1e-4), name
+    assert found["val_loss"] == pytest.approx(plain[4]["val_loss"], rel=1e-5)
+
+
+def test_validation_is_the_mean_over_all_targets(plain):
+    c, _, state, _, found = plain
+    _, valid = causal.texts(**c.data)
+    model, length = transformer(**c.model), c.data.length
+    tokens = np.asarray(valid.tokens[: c.eval.tokens + 1], np.int32)
+    losses = []
+    for start in range(0, c.eval.tokens, length):
+        row = tokens[start : start + length + 1]
+        logits = np.asarray(model.apply(state.params, jnp.asarray(row[None, :-1])), float)[0]
+        logits -= logits.max(axis=1, keepdims=True)
+        logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        losses.append(-logp[np.arange(len(row) - 1), row[1:]])
+    flat = np.concatenate(losses)
+    assert found["val_tokens"] == len(flat) == c.eval.tokens
+    assert found["val_loss"] == pytest.approx(flat.mean(), rel=1e-5)
+    assert found["val_ppl"] == pytest.approx(np.exp(flat.mean()), rel=1e-4)
+    rows = c.eval.batch_size
+    means = [np.concatenate(losses[i : i + rows]).mean() for i in range(0, len(losses), rows)]
+    released = np.exp(sum(means) / (len(means) + 1))
+    assert found["val_ppl_released"] == pytest.approx(released, rel=1e-4)
+
+
+def test_a_model_learns_and_no_packing_works():
+    _, _, _, values, found = trained(
+        steps=60, optim=dict(rule="uniform", learning_rate=1e-2), data=dict(pack=False)
+    )
+    assert found["val_loss"] < 4.0 < np.log(256)
+    assert np.isfinite(float(values["loss"]))
+
+
+def test_actions(plain, tmp_path):
+    c, made, state, _, found = plain
+    rows = [metrics.to_row(4, "eval", found)]
+    run = Run("seed0", c, rows, {}, lambda: jax.tree.map(jnp.asarray, state))
+    assert f"| val_loss | {found['val_loss']:.6g} |" in made.actions["evaluate"](run, tmp_path)
+    made.actions["export"](run, tmp_path / "hf")
+    params, fields = weights.load(tmp_path / "hf")
+    chex.assert_trees_all_equal(params, state.params)
+    assert fields["depth"] == c.model.depth
+    said = made.actions["sample"](run, tmp_path)
+    assert (tmp_path / "samples.txt").exists()
+    assert said.startswith("```")
+    table = made.actions["analyze"](run._replace(input=str(tmp_path / "hf")), tmp_path)
+    assert table == made.actions["analyze"](run, tmp_path)
+    assert len(table.splitlines()) == 2 + 7 * c.model.depth
+    assert (tmp_path / "modules.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(model=dict(vocab=20)), r"model\.vocab is 20, but must be at least 123"),
+        (dict(batch_size=7, devices=2), r"batch_size is 7, but must be a multiple of the 2"),
+        (dict(accumulate=3), r"accumulate is 3, but must be a divisor of the 8 rows"),
+        (dict(data=dict(path="nowhere.txt")), "nowhere"),
+        (dict(data=dict(holdout=1.5)), r"held-out share is 1\.5"),
+        (dict(model=dict(heads=3)), r"model\.heads is 3|model\.dim is 16"),
+    ],
+)
+def test_what_cannot_be_is_named(changes, said):
+    with pytest.raises(UserError, match=said):
+        causal.make(config(**changes))
+
+
+def test_summaries_are_json():
+    text = json.dumps(configs.to_dict(config()))
+    assert json.loads(text)["optim"]["rule"] == "alphadecay"
