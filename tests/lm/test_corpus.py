@@ -498,13 +498,13 @@ def test_the_width_of_tokens():
 
 @pytest.mark.parametrize("tokens", [2, 5, 6, 11])
 def test_a_head_is_a_prefix_with_its_documents(tmp_path, tokens):
-    (tmp_path / "a.txt").write_bytes(b"abcde\fghij")
-    whole = corpora.from_text(str(tmp_path / "a.txt"), tokenizers.tokenizer("bytes"))
-    part = corpora.head(whole, tokens)
-    assert bytes(np.asarray(part.tokens, np.uint8)) == b"abcde\fghij"[:tokens]
+    (tmp_path / "a.txt").write_bytes(b"abcde\x0cfghi")
+    whole = corpus.from_text(str(tmp_path / "a.txt"), tokenizers.tokenizer("bytes"))
+    part = corpus.head(whole, tokens)
+    assert bytes(np.asarray(part.tokens, np.uint8)) == b"abcde\x0cfghi"[:tokens]
     assert part.offsets[-1] == len(part.tokens) == tokens
     assert list(part.offsets) == [o for o in whole.offsets if o < tokens] + [tokens]
-    assert corpora.head(whole, 0) is whole
+    assert corpus.head(whole, 0) is whole
     for wrong in (-1, 1):
         with pytest.raises(UserError, match="cannot be cut"):
-            corpora.head(whole, wrong)
+            corpus.head(whole, wrong)
