@@ -30,6 +30,9 @@ def start(x64: bool) -> None:
     # With several CPU devices on few cores XLA 0.10 waits for ever in a batched LU within a
     # loop (two devices, two cores, 2048 matrices each); a larger pool of threads does not.
     os.environ.setdefault("PJRT_NPROC", str(max(8, os.cpu_count() or 1)))
+    # NetKet's operators are put together once, from some hundred terms, by a package that
+    # Numba would first compile for five seconds in every process.
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache is None:
         cache = str(Path.home() / ".cache" / "tenfold" / "xla")

@@ -17,6 +17,7 @@ os.environ["NETKET_SHARDING"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Kept as long as the tests run.
