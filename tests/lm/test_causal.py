@@ -16,16 +16,20 @@ from common.experiment import Run
 from lm import causal, weights
 from lm.transformer import transformer
 
+# What they share is trained once.
+pytestmark = pytest.mark.xdist_group("lm")
+
 
 def config(devices=1, **changes):
     made = configs.load("configs/alphadecay.py:test")
     made.mesh.data = devices
     made.optim.rule = "alphadecay"
+    made.steps = 60
     configs.apply(made, changes)
     return made
 
 
-def trained(steps=4, **changes):
+def trained(steps=4, measure=True, **changes):
     c = config(**changes)
     with jax.set_mesh(mesh := meshes.make(**c.mesh)):
         made = causal.make(c)
@@ -36,7 +40,7 @@ def trained(steps=4, **changes):
         for i in range(steps):
             batch = meshes.to_devices(made.batch(i), mesh)
             state, values = step(state, batch, jax.random.key(1), jnp.uint32(i))
-        found = made.evaluate(state, jax.random.key(2))
+        found = made.evaluate(state, jax.random.key(2)) if measure else {}
         return c, made, jax.device_get(state), jax.device_get(values), found
 
 
@@ -49,20 +53,20 @@ def plain():
     "changes",
     [
         dict(accumulate=2),
-        dict(accumulate=8),
         dict(devices=8),
-        dict(devices=8, fsdp=True),
         dict(devices=4, accumulate=2, fsdp=True, mesh=dict(model=2)),
         dict(model=dict(remat=True)),
     ],
     ids=str,
 )
 def test_placement_and_accumulation_change_nothing(plain, changes):
-    _, _, state, values, found = trained(**changes)
+    measure = "devices" in changes
+    _, _, state, values, found = trained(measure=measure, **changes)
     chex.assert_trees_all_close(state.params, plain[2].params, atol=2e-5)
     for name in ("loss", "grad_norm", "ratio_mean"):
         assert float(values[name]) == pytest.approx(float(plain[3][name]), rel=1e-4), name
-    assert found["val_loss"] == pytest.approx(plain[4]["val_loss"], rel=1e-5)
+    if measure:
+        assert found["val_loss"] == pytest.approx(plain[4]["val_loss"], rel=1e-5)
 
 
 def test_validation_is_the_mean_over_all_targets(plain):
@@ -87,12 +91,21 @@ def test_validation_is_the_mean_over_all_targets(plain):
     assert found["val_ppl_released"] == pytest.approx(released, rel=1e-4)
 
 
-def test_a_model_learns_and_no_packing_works():
-    _, _, _, values, found = trained(
-        steps=60, optim=dict(rule="uniform", learning_rate=1e-2), data=dict(pack=False)
-    )
-    assert found["val_loss"] < 4.0 < np.log(256)
-    assert np.isfinite(float(values["loss"]))
+def test_a_model_learns():
+    _, _, _, values, found = trained(steps=60, optim=dict(rule="uniform", learning_rate=1e-2))
+    assert found["val_loss"] < 3.6
+    assert float(values["loss"]) < 3.6
+
+
+def test_one_document_per_row(tmp_path):
+    text = "\f".join(f"{'the quick brown fox'[: 4 + i % 15]}" for i in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    data = dict(path=str(tmp_path / "a.txt"), pack=False, length=24)
+    changes = dict(data=data, optim=dict(rule="uniform", learning_rate=1e-2))
+    _, made, _, values, found = trained(steps=60, **changes)
+    assert set(made.batch(0)) == {"tokens", "mask"}
+    assert not made.batch(0)["mask"].all()
+    assert found["val_loss"] < 1.5
 
 
 def test_actions(plain, tmp_path):

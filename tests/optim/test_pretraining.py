@@ -53,17 +53,11 @@ def test_every_rule_takes_finite_steps_and_decays(name, rule):
 
 def test_rules_differ_where_they_should():
     """The controls decay what is no module as uniform decay does."""
-    uniform, others = (
-        run(rule="uniform", weight_decay=0.5),
-        {
-            r: run(
-                rule=r,
-                weight_decay=0.5,
-                ratios=dict(q=2.0, k=1, v=1, o=1, gate=1, up=1, down=1),
-            )
-            for r in ("uniform_matched", "static_by_type", "alphadecay", "shuffled")
-        },
-    )
+    ratios = dict(q=2.0, k=1, v=1, o=1, gate=1, up=1, down=1)
+    shared = dict(weight_decay=0.5, ratios=ratios, clip=0.0)
+    uniform = run(rule="uniform", **shared)
+    names = ("uniform_matched", "static_by_type", "alphadecay", "shuffled")
+    others = {name: run(rule=name, **shared) for name in names}
     for name, tree in others.items():
         chex.assert_trees_all_close(tree["embed"], uniform["embed"], rtol=1e-6)
         q, base = tree["blocks"]["q"]["kernel"], uniform["blocks"]["q"]["kernel"]
