@@ -289,6 +289,8 @@ def _energies(system, known, numbers, seeds) -> str:
         none = "0" if abs(known.energy) > ROUNDING else "–"
         lines.append(f"| {known.source} | {per_site:.6f} | {none} | 0 | 0 | {shown} |")
     for each in known.references:
+        if each.source == known.source:
+            continue  # It stands there already.
         error = f" ± {each.error}" if each.error else ""
         lines.append(f"| {each.source} | {each.energy_per_site}{error} | | | | |")
     return "\n".join(lines)
