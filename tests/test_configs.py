@@ -40,6 +40,7 @@ def test_says_in_a_line_what_it_is_and_has_the_three_sizes(path):
 def test_every_size_shape_checks(path, size):
     """The step of every variant keeps the shapes and types of its state; no arithmetic."""
     config = configs.load(f"{path}:{size}")
+    config.n_seeds = 1
     with jax.enable_x64(config.x64), jax.set_mesh(meshes.make(**config.mesh)):
         for each in runner.variants(config).values():
             experiment = runner.make(each)

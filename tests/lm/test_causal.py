@@ -102,7 +102,7 @@ def test_one_document_per_row(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     data = dict(path=str(tmp_path / "a.txt"), pack=False, length=24)
     changes = dict(data=data, optim=dict(rule="uniform", learning_rate=1e-2))
-    _, made, _, values, found = trained(steps=60, **changes)
+    _, made, _, _, found = trained(steps=60, **changes)
     assert set(made.batch(0)) == {"tokens", "mask"}
     assert not made.batch(0)["mask"].all()
     assert found["val_loss"] < 1.5
