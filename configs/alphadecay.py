@@ -64,7 +64,8 @@ def get_config(size: str = "small"):
         rule="uniform",  # see optim/pretraining.py
         independent=False,
         decay_rest="base",
-        # Of uniform_matched and static_by_type: time means of an AlphaDecay run.
+        # Of uniform_matched and static_by_type; to be set to the time means of an AlphaDecay
+        # run (`ratio_mean` and `ratios` in its summary.json). Not measured yet: guesses.
         matched=3.5,
         ratios=dict(q=1.0, k=1.0, v=1.0, o=1.0, gate=4.8, up=4.8, down=4.8),
         shuffle_seed=0,
