@@ -87,6 +87,7 @@ def get_config(size: str = "small"):
             normalize_mean=False,
             ema=0.0,
             shape_correction="none",
+            slip=False,
         ),
     )
     config.eval = dict(tokens=100_000, batch_size=64)

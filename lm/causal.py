@@ -77,7 +77,8 @@ def make(config) -> Experiment:
         }
         return State(params, opt), values | _decay_figures(opt, params, settings)
 
-    one = partial(evaluate, config, model, valid)
+    # Jitted here, once: every evaluation of a run uses the same program.
+    one = partial(evaluate, config, jax.jit(partial(summed_loss, model)), valid)
     parts = Parts(model, train, valid, one)
     return Experiment(
         init=init,
@@ -139,29 +140,29 @@ def _decay_figures(opt, params, settings) -> dict:
     return diagnostics(found[0], leaves, settings.every, settings.offset)
 
 
-def evaluate(config, model, valid, state, key) -> dict:
+def evaluate(config, measure, valid, state, key) -> dict:
     """Validation loss over a fixed budget of tokens, and the spectra of all modules.
 
     Returns:
       val_loss: mean cross-entropy per target, nats (the truth); val_ppl its exponential.
       val_ppl_released: exp(sum of batch means / (batches + 1)), what the published tables
         print (the released evaluation starts its counter at 1).
-      alpha_by_module, ratio_by_module: {type: per layer}, as far as they exist.
+      what `actions.spectra_of` finds of every module.
+
+    Args:
+      measure: (params, batch) -> summed loss and number of targets, jitted.
     """
     del key
     mesh = jax.sharding.get_abstract_mesh()
     rows = config.eval.batch_size
     parts = batches.validation(valid, rows, *_budget(config))
 
-    @jax.jit
-    def measure(params, batch):
-        return summed_loss(model, params, batch)
-
+    placed = None if mesh.empty else meshes.make(**config.mesh)
     found = []
     for part in tqdm(parts, desc="evaluating", leave=False, disable=None):
         part = {k: part[k] for k in ("tokens", "mask")}
-        if not mesh.empty:
-            part = meshes.to_devices(part, meshes.make(**config.mesh))
+        if placed is not None:
+            part = meshes.to_devices(part, placed)
         found.append(measure(state.params, part))
     sums, counts = np.array(jax.device_get(found), float).T
     loss = sums.sum() / counts.sum()

@@ -16,7 +16,6 @@ decay of equal mean, is `optax.add_decayed_weights`.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -89,7 +88,7 @@ def shuffled(
             return updates, state
         base = weight_decay(count) if callable(weight_decay) else weight_decay
         leaves = [leaf for leaf in select(params, modules) if leaf.name in state.ratio]
-        ratio = _as_wide(leaves, permuted(leaves, state.ratio, seed), params)
+        ratio = _as_wide(leaves, permuted(leaves, state.ratio, seed))
         return decayed(updates, params, base, leaves, ratio, rest), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -138,13 +137,12 @@ def _constant(weight_decay, ratios, modules, decay_rest, name: Callable[[Leaf], 
         if is_zero(weight_decay):
             return updates, state
         leaves, ratio = given(params)
-        ratio = _as_wide(leaves, ratio, params)
+        ratio = _as_wide(leaves, ratio)
         return decayed(updates, params, weight_decay, leaves, ratio, decay_rest), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _as_wide(leaves, ratio, params):
-    """Ratios in the dtype of their leaf, if that is wider than float32."""
-    dtype = [jnp.promote_types(p.dtype, jnp.float32) for p in jax.tree.leaves(params)]
-    return {leaf.name: jnp.asarray(ratio[leaf.name], dtype[leaf.index]) for leaf in leaves}
+def _as_wide(leaves: list[Leaf], ratio: Mapping[str, Any]) -> dict[str, Array]:
+    """Ratios in the dtype that is computed in for their leaf."""
+    return {leaf.name: jnp.asarray(ratio[leaf.name], leaf.dtype) for leaf in leaves}

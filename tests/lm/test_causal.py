@@ -1,7 +1,5 @@
 """Pre-training: accumulation and placement change nothing, losses and actions are right."""
 
-import json
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -140,8 +138,3 @@ def test_actions(plain, tmp_path):
 def test_what_cannot_be_is_named(changes, said):
     with pytest.raises(UserError, match=said):
         causal.make(config(**changes))
-
-
-def test_summaries_are_json():
-    text = json.dumps(configs.to_dict(config()))
-    assert json.loads(text)["optim"]["rule"] == "alphadecay"

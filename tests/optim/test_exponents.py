@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy.special import gammaln
 
-from optim import exponents
 from optim.exponents import clauset_alpha, hill_alpha, marchenko_pastur_alpha, tail_start
 
 CLOSED = {
@@ -129,7 +128,3 @@ def test_the_start_with_the_least_distance(fit, slip):
 )
 def test_random_matrices_have_the_exponent_of_their_shape(shape, limit):
     assert marchenko_pastur_alpha(*shape) == pytest.approx(limit, abs=1e-4)
-
-
-def test_the_fits_are_those_that_the_transformation_knows():
-    assert exponents.FITS == ("median", "goodness_of_fit", "fix_finger")
