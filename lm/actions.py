@@ -16,27 +16,20 @@ from lm import tokenizers, weights
 from lm.generate import generate
 from lm.modules import TYPES, modules
 from optim import spectra
-from optim.alphadecay import AlphaDecayState
 from optim.assignment import assign_decay
 from optim.exponents import hill_alpha
 from optim.modules import select
 
 
-def spectra_of(params: Any, opt: Any = None) -> dict:
-    """Per type of module, one number per layer: exponents, stable ranks, ratios.
+def spectra_of(params: Any) -> dict:
+    """Per type of module, one number per layer: exponents and stable ranks.
 
     Returns:
-      alpha_layers_TYPE, stable_rank_layers_TYPE, and ratio_layers_TYPE where `opt` holds an
-      AlphaDecayState; 0 stands for an exponent that does not exist.
+      alpha_layers_TYPE (0: there is no exponent) and stable_rank_layers_TYPE.
     """
     leaves = select(params, modules)
     every = jax.tree.leaves(params)
     found = _spectra(tuple(leaves), [every[leaf.index] for leaf in leaves])
-    is_ours = lambda x: isinstance(x, AlphaDecayState)
-    states = [s for s in jax.tree.leaves(opt, is_leaf=is_ours) if is_ours(s)]
-    for leaf in leaves if states else ():
-        if leaf.name in states[0].ratio:
-            found[f"ratio_layers_{leaf.kind}"] = states[0].ratio[leaf.name]
     return jax.device_get(found)
 
 

@@ -30,6 +30,7 @@ from lm import actions, batches, corpus, report
 from lm.modules import modules
 from lm.transformer import rules, transformer
 from optim.alphadecay import AlphaDecayState, diagnostics
+from optim.decay_controls import permuted
 from optim.modules import select
 from optim.pretraining import pretraining
 
@@ -58,7 +59,6 @@ def make(config) -> Experiment:
     _check(config, train)
     model = transformer(**config.model)
     tx = pretraining(**config.optim, steps=config.steps, modules=modules)
-    settings = config.optim.alphadecay
 
     def init(key):
         params = model.init(key)
@@ -75,7 +75,7 @@ def make(config) -> Experiment:
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
         }
-        return State(params, opt), values | _decay_figures(opt, params, settings)
+        return State(params, opt), values | _decay_figures(opt, params, config.optim)
 
     # Jitted here, once: every evaluation of a run uses the same program.
     one = partial(evaluate, config, jax.jit(partial(summed_loss, model)), valid)
@@ -130,14 +130,17 @@ def _gradient(loss, params, batch, config):
     return jax.lax.scan(more, zero, jax.tree.map(split, batch))[0]
 
 
-def _decay_figures(opt, params, settings) -> dict:
+def _decay_figures(opt, params, optim) -> dict:
     """Exponents and ratios by type of module, where the optimizer has them."""
     is_ours = lambda x: isinstance(x, AlphaDecayState)
     found = [s for s in jax.tree.leaves(opt, is_leaf=is_ours) if is_ours(s)]
     if not found:
         return {}
     leaves = [a for a in select(params, modules) if a.name in found[0].ratio]
-    return diagnostics(found[0], leaves, settings.every, settings.offset)
+    state = found[0]
+    if optim.rule == "shuffled":  # Its state keeps AlphaDecay's own ratios.
+        state = state._replace(ratio=permuted(leaves, state.ratio, optim.shuffle_seed))
+    return diagnostics(state, leaves, optim.alphadecay.every, optim.alphadecay.offset)
 
 
 def evaluate(config, measure, valid, state, key) -> dict:
@@ -172,7 +175,7 @@ def evaluate(config, measure, valid, state, key) -> dict:
         "val_ppl": np.exp(loss),
         "val_ppl_released": np.exp(released),
         "val_tokens": int(counts.sum()),
-    } | actions.spectra_of(state.params, state.opt)
+    } | actions.spectra_of(state.params)
 
 
 def _budget(config) -> tuple[int, int, bool, bool]:
