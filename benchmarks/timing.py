@@ -8,7 +8,7 @@ import jax
 
 
 def alternately(functions: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` of each, in turn, after one call that compiles.
+    """Seconds of each call, `repeats` of each, to and fro, after one call that compiles.
 
     Args:
       functions: name -> function without arguments that returns arrays.
@@ -17,8 +17,9 @@ def alternately(functions: dict[str, Callable], repeats: int) -> dict[str, list[
     for function in functions.values():
         jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
+    for i in range(repeats):
+        # Forth and back: what comes after what makes a difference.
+        for name, function in list(functions.items())[:: 1 if i % 2 else -1]:
             start = time.perf_counter()
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - start)
