@@ -52,6 +52,16 @@ def figure(path: Path, columns: int = 1, rows: int = 1, **kwargs) -> Iterator:
             plt.close(drawn)
 
 
+@contextmanager
+def panels(path: Path, count: int, columns: int = 3, **kwargs) -> Iterator:
+    """`figure` with `count` axes, a flat array, in as many rows as it takes."""
+    columns = min(columns, count)
+    with figure(path, columns, -(-count // columns), squeeze=False, **kwargs) as axes:
+        for axis in axes.ravel()[count:]:
+            axis.set_axis_off()
+        yield axes.ravel()[:count]
+
+
 def colour(i: int) -> str:
     """The i-th colour, beyond the style's own where there are many lines."""
     wheel = matplotlib.color_sequences["tab10"]

@@ -74,6 +74,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             folder = workdir / name
             first(lambda f=folder, c=each: _settle(f, c))
             loop.train(made[name], each, folder, stop, _donor(each, workdir, folder))
+            jax.clear_caches()  # Else the programs of all runs stay in memory.
             if code := stop.requested():
                 raise SystemExit(code)
         report(made, todo, workdir)

@@ -28,8 +28,11 @@ def start(x64: bool) -> None:
     # a hundred times longer than they compute when a core is busy with something else.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # With several CPU devices on few cores XLA 0.10 waits for ever in a batched LU within a
-    # loop (two devices, two cores, 2048 matrices each); a larger pool of threads does not.
-    os.environ.setdefault("PJRT_NPROC", str(max(8, os.cpu_count() or 1)))
+    # loop (two devices, two cores, 2048 matrices each); a larger pool of threads does not,
+    # but costs one device up to a third of its speed.
+    several = ("xla_force_host_platform_device_count", "JAX_NUM_CPU_DEVICES")
+    if several[0] in os.environ.get("XLA_FLAGS", "") or several[1] in os.environ:
+        os.environ.setdefault("PJRT_NPROC", str(max(8, os.cpu_count() or 1)))
     # NetKet's operators are put together once, from some hundred terms, by a package that
     # Numba would first compile for five seconds in every process.
     os.environ.setdefault("NUMBA_DISABLE_JIT", "1")

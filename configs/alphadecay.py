@@ -12,6 +12,18 @@ from configs.base import at_size, base
 
 
 def get_config(size: str = "small"):
+    strengths = {"1e-1": 0.1, "4e-1": 0.4}
+    # Time means of AlphaDecay, three seeds of `:calibrate`.
+    means = {
+        "1e-1": dict(
+            matched=2.684,
+            ratios=dict(q=1.122, k=1.127, v=1.186, o=1.416, gate=3.350, up=3.543, down=3.347),
+        ),
+        "4e-1": dict(
+            matched=2.824,
+            ratios=dict(q=1.112, k=1.098, v=1.652, o=2.076, gate=3.464, up=3.498, down=3.505),
+        ),
+    }
     config = base("lm.causal")
     config.steps = 1500
     config.log_every = 25
@@ -29,7 +41,7 @@ def get_config(size: str = "small"):
         path="",
         valid="",
         holdout=0.1,
-        limit=0,  # Tokens to train on, from the start; 0: all.
+        limit=200_000,  # Tokens to train on, from the start; 0: all.
         tokenizer="",
         length=64,
         pack=True,
@@ -47,13 +59,14 @@ def get_config(size: str = "small"):
         norm_eps=1e-6,
         init_std=0.02,
         remat=False,
+        unroll=3,
         dtype="float32",
         attention="auto",
         tie=False,
     )
     config.optim = dict(
         name="adamw",  # adamw, adam (coupled L2), lion or muon
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         warmup=0.1,
         final=0.1,
         b1=0.9,
@@ -64,10 +77,9 @@ def get_config(size: str = "small"):
         rule="uniform",  # see optim/pretraining.py
         independent=False,
         decay_rest="base",
-        # Of uniform_matched and static_by_type; to be set to the time means of an AlphaDecay
-        # run (`ratio_mean` and `ratios` in its summary.json). Not measured yet: guesses.
-        matched=3.5,
-        ratios=dict(q=1.0, k=1.0, v=1.0, o=1.0, gate=4.8, up=4.8, down=4.8),
+        # Of uniform_matched and static_by_type: what AlphaDecay has on average over a run of
+        # this size and decay, measured (`ratio_mean` and `ratios` in a summary.json).
+        **means["1e-1"],
         shuffle_seed=0,
         rho=1.0,
         alphadecay=dict(
@@ -93,6 +105,7 @@ def get_config(size: str = "small"):
     config.eval = dict(tokens=100_000, batch_size=64)
     config.sample = dict(count=2, steps=300, temperature=0.8, top_k=0, top_p=0.95)
     rule = lambda name, **more: dict(optim=dict(rule=name, **more))
+    sweep = {"3e-2": 0.03, "1e-1": 0.1, "2e-1": 0.2, "4e-1": 0.4, "8e-1": 0.8}
     methods = {
         "none": rule("none"),
         "uniform": rule("uniform"),
@@ -112,9 +125,15 @@ def get_config(size: str = "small"):
             save_every=1000,
             n_seeds=1,
             batch_size=512,
-            data=dict(length=256, pack=False),
+            data=dict(length=256, pack=False, limit=0),
             model=dict(
-                vocab=32000, dim=dim, mlp=mlp, heads=heads, depth=depth, dtype="bfloat16"
+                vocab=32000,
+                dim=dim,
+                mlp=mlp,
+                heads=heads,
+                depth=depth,
+                unroll=1,
+                dtype="bfloat16",
             ),
             optim=dict(
                 name="adam",
@@ -142,6 +161,29 @@ def get_config(size: str = "small"):
             runs=dict(uniform=rule("uniform"), alphadecay=rule("alphadecay")),
         ),
         "small": dict(),
+        "sweep": dict(
+            runs={"none": rule("none")}
+            | {
+                f"uniform_{name}": rule("uniform", weight_decay=eta)
+                for name, eta in sweep.items()
+            },
+        ),
+        "comparison": dict(
+            n_seeds=6,
+            runs={"none": rule("none")}
+            | {
+                f"{name}_{label}": rule(name, weight_decay=eta, **means[label])
+                for name in methods
+                if name != "none"
+                for label, eta in strengths.items()
+            },
+        ),
+        "calibrate": dict(
+            runs={
+                f"alphadecay_{name}": rule("alphadecay", weight_decay=eta)
+                for name, eta in strengths.items()
+            },
+        ),
         "60m": published(512, 1376, 8, 8, 10_000),
         "135m": published(768, 2048, 12, 12, 20_000),
         "350m": published(1024, 2736, 16, 24, 60_000),

@@ -17,15 +17,17 @@ from lm.generate import generate
 from lm.modules import TYPES, modules
 from optim import spectra
 from optim.assignment import assign_decay
-from optim.exponents import hill_alpha
+from optim.exponents import hill_alpha, tail_start
 from optim.modules import select
 
 
 def spectra_of(params: Any) -> dict:
-    """Per type of module, one number per layer: exponents and stable ranks.
+    """Per type of module, one number per layer: exponents, stable ranks and a flag.
 
     Returns:
-      alpha_layers_TYPE (0: there is no exponent) and stable_rank_layers_TYPE.
+      alpha_layers_TYPE (0: there is no exponent), stable_rank_layers_TYPE, and
+      deficient_layers_TYPE: 1 where half the spectrum holds zeros, up to rounding. Such a
+      module still has an exponent, a small one.
     """
     leaves = select(params, modules)
     every = jax.tree.leaves(params)
@@ -40,6 +42,10 @@ def _spectra(leaves, ws):
         found[f"alpha_layers_{leaf.kind}"] = jnp.nan_to_num(hill_alpha(values))
         largest = jnp.maximum(values[..., -1], jnp.finfo(values.dtype).tiny)
         found[f"stable_rank_layers_{leaf.kind}"] = values.sum(axis=-1) / largest
+        # Singular values below r eps of the largest, as NumPy counts a matrix's rank.
+        nothing = (leaf.rank * jnp.finfo(values.dtype).eps) ** 2 * largest
+        middle = values[..., tail_start(leaf.rank)]
+        found[f"deficient_layers_{leaf.kind}"] = (middle <= nothing).astype(jnp.int32)
     return found
 
 
@@ -91,13 +97,15 @@ def export(config, parts, run: Run, folder: Path) -> str:
 def analyze(config, parts, run: Run, folder: Path) -> str:
     """Exponents, stable ranks and the decays they would be assigned, module by module.
 
-    Of this run, or of a folder or file of safetensors given as --input.
+    Of this run, or of a folder or file of safetensors given as --input. Exponents over the
+    training of this run are drawn, too.
     """
     del parts
     params = weights.load(run.input)[0] if run.input else run.state().params
     found = spectra_of(jax.tree.map(jnp.asarray, params))
     alpha = np.stack([found[f"alpha_layers_{kind}"] for kind in TYPES])
     rank = np.stack([found[f"stable_rank_layers_{kind}"] for kind in TYPES])
+    flags = np.stack([found[f"deficient_layers_{kind}"] for kind in TYPES])
     s = config.optim.alphadecay
     known = jnp.where(alpha.ravel() > 0, alpha.ravel(), jnp.nan)
     ratio = np.asarray(assign_decay(known, "linear", s.s1, s.s2)).reshape(alpha.shape)
@@ -108,15 +116,18 @@ def analyze(config, parts, run: Run, folder: Path) -> str:
             layer,
             *(f"{a[i, layer]:.4f}" for a in (alpha, rank, ratio)),
             f"{decay[i, layer]:.3e}",
+            note(alpha[i, layer], flags[i, layer]),
         ]
         for i, kind in enumerate(TYPES)
         for layer in range(alpha.shape[1])
     ]
-    head = ["type", "layer", "alpha", "stable rank", "ratio", "decay"]
+    head = ["type", "layer", "alpha", "stable rank", "ratio", "decay", "note"]
     if jax.process_index() == 0:
         with (folder / "modules.csv").open("w", newline="") as file:
             csv.writer(file).writerows([head, *rows])
         heat_map(folder / "modules.png", {"alpha": alpha, "decay ratio": ratio})
+        if not run.input:
+            over_training(folder / "over_training.png", {run.name: run.rows})
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     table += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join(table)
@@ -124,14 +135,36 @@ def analyze(config, parts, run: Run, folder: Path) -> str:
 
 def heat_map(path: Path, maps: dict[str, np.ndarray]) -> None:
     """One panel per quantity: types of modules against layers."""
-    with plots.figure(path, columns=len(maps), squeeze=False) as axes:
-        for axis, (title, values) in zip(axes[0], maps.items(), strict=True):
+    with plots.panels(path, len(maps)) as axes:
+        for axis, (title, values) in zip(axes, maps.items(), strict=True):
             shown = axis.imshow(np.asarray(values), aspect="auto", cmap="viridis")
             axis.set(title=title, xlabel="layer")
             axis.set_yticks(range(len(TYPES)), TYPES)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(False)
             axis.figure.colorbar(shown, ax=axis, shrink=0.8)
+
+
+def over_training(path: Path, runs: dict[str, list[dict]]) -> None:
+    """Exponents of every module at every evaluation, one panel per run."""
+    with plots.panels(path, len(runs)) as axes:
+        for axis, (title, rows) in zip(axes, runs.items(), strict=True):
+            rows = [row for row in rows if row["split"] == "eval"]
+            each = np.array([[row[f"alpha_layers_{kind}"] for kind in TYPES] for row in rows])
+            layers = each.shape[2]
+            values = each.reshape(len(rows), -1).T
+            shown = axis.imshow(np.where(values > 0, values, np.nan), aspect="auto")
+            axis.set(title=title, xlabel="step")
+            axis.set_xticks(range(len(rows)), [str(row["step"]) for row in rows], rotation=45)
+            middle = (layers - 1) / 2 + layers * np.arange(len(TYPES))
+            axis.set_yticks(middle, TYPES)
+            axis.grid(False)
+            axis.figure.colorbar(shown, ax=axis, shrink=0.8, label="alpha")
+
+
+def note(alpha: float, deficient: int) -> str:
+    """What is wrong with a module's spectrum; nothing, as a rule."""
+    return "no exponent" if alpha <= 0 else "rank-deficient" if deficient else ""
 
 
 def _read(path: str) -> str:

@@ -5,24 +5,28 @@ from pathlib import Path
 import numpy as np
 
 from common import metrics, plots
-from lm.actions import heat_map
+from lm.actions import heat_map, over_training
 from lm.modules import TYPES
 
 
-def all_figures(groups, base: str, paired: dict, folder: Path) -> list[tuple[str, str]]:
+def all_figures(groups, found, paired: list, folder: Path) -> list[tuple[str, str]]:
     """Draws everything there is data for; returns (file name, caption) pairs."""
     drawn = [losses(groups, folder / "loss.png")]
+    if len({f["weight_decay"] for f in found.values()}) > 1:
+        drawn.append(strengths(found, folder / "strengths.png"))
     if paired:
-        drawn.append(differences(paired, base, folder / "paired.png"))
+        drawn.append(differences(paired, folder / "paired.png"))
+    drawn.append(types(groups, folder / "types.png"))
     fitted = {n: g for n, g in groups.items() if _rows(g, "alpha_q")}
     for name, seeds in fitted.items():
         drawn.append(exponents(name, seeds, folder / f"alpha_{name}.png"))
     drawn.append(maps(groups, folder / "modules.png"))
+    drawn.append(layers(groups, folder / "over_training.png"))
     return drawn
 
 
-def _rows(seeds, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    found = [metrics.select(run.rows, name) for run in seeds.values()]
+def _rows(seeds, name: str, split: str = "train") -> list[tuple[np.ndarray, np.ndarray]]:
+    found = [metrics.select(run.rows, name, split) for run in seeds.values()]
     return [f for f in found if len(f[0])]
 
 
@@ -30,11 +34,11 @@ def losses(groups, path: Path) -> tuple[str, str]:
     """Training loss of every variant, and validation loss over training."""
     with plots.figure(path, columns=2) as (left, right):
         for i, (name, seeds) in enumerate(groups.items()):
-            colour = f"C{i}"
+            colour = plots.colour(i)
             curves = _rows(seeds, "loss")
             steps, mean = curves[0][0], np.mean([c[1] for c in curves], axis=0)
             left.plot(steps, mean, lw=1, color=colour, label=name)
-            evals = [metrics.select(run.rows, "val_loss", "eval") for run in seeds.values()]
+            evals = _rows(seeds, "val_loss", "eval")
             steps = evals[0][0]
             values = np.array([v for _, v in evals])
             error = values.std(axis=0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
@@ -47,21 +51,57 @@ def losses(groups, path: Path) -> tuple[str, str]:
     return path.name, "Loss over training and validation, means over seeds"
 
 
-def differences(paired, base: str, path: Path) -> tuple[str, str]:
-    """Validation loss minus the base's, with 95 % intervals."""
-    names = sorted(paired, key=lambda name: paired[name]["difference"] or 0, reverse=True)
+def strengths(found, path: Path) -> tuple[str, str]:
+    """Validation loss against the strength of decay, a line for every rule."""
+    rules: dict[str, list[dict]] = {}
+    for f in sorted(found.values(), key=lambda f: f["weight_decay"]):
+        rules.setdefault(f["rule"], []).append(f)
     with plots.figure(path) as axis:
-        for i, name in enumerate(names):
-            d = paired[name]
+        for i, (rule, each) in enumerate(rules.items()):
+            loss, error = each[0]["val_loss"], each[0]["val_loss_error"]
+            if rule == "none":
+                axis.axhline(loss, color="k", lw=1, ls="--", label=rule)
+                if np.isfinite(error):
+                    axis.axhspan(loss - error, loss + error, color="k", alpha=0.1)
+                continue
+            x = [f["weight_decay"] for f in each]
+            y, errors = ([f[name] for f in each] for name in ("val_loss", "val_loss_error"))
+            axis.errorbar(
+                x, y, errors, marker=".", capsize=3, color=plots.colour(i), label=rule
+            )
+        axis.set(xscale="log", xlabel="base decay", ylabel="validation loss (nats per token)")
+        axis.legend()
+    return path.name, "Validation loss against the strength of decay, one standard error"
+
+
+def differences(paired, path: Path) -> tuple[str, str]:
+    """Paired differences of the validation loss, with 95 % intervals."""
+    known = [d for d in paired if d["difference"] is not None][::-1]
+    bases = list(dict.fromkeys(d["base"] for d in paired))
+    height = max(4.0, 0.28 * len(known))
+    with plots.figure(path, figsize=(6.4, height)) as axis:
+        for i, d in enumerate(known):
             reach = 0 if d["low"] is None else d["high"] - d["difference"]
-            axis.errorbar(d["difference"], i, xerr=reach, fmt="o", capsize=3, color="C0")
+            colour = plots.colour(bases.index(d["base"]))
+            axis.errorbar(d["difference"], i, xerr=reach, fmt="o", capsize=3, color=colour)
         axis.axvline(0, color="k", lw=1, ls="--")
-        axis.set_yticks(range(len(names)), names)
-        axis.set(
-            xlabel=f"validation loss − {base} (nats), 95 % intervals",
-            ylim=(-0.5, len(names) - 0.5),
-        )
-    return path.name, f"Differences from {base}, seed by seed; left is better"
+        names = [f"{d['what']} − {d['base']}" for d in known]
+        axis.set_yticks(range(len(known)), names, fontsize=8)
+        axis.set(xlabel="validation loss (nats per token)", ylim=(-0.5, len(known) - 0.5))
+    return path.name, "Differences seed by seed with 95 % intervals; left: the first is better"
+
+
+def types(groups, path: Path) -> tuple[str, str]:
+    """Exponents by type of module over training, a panel for every variant."""
+    with plots.panels(path, len(groups), sharex=True, sharey=True) as axes:
+        for axis, (name, seeds) in zip(axes, groups.items(), strict=True):
+            for i, kind in enumerate(TYPES):
+                found = _rows(seeds, f"alpha_layers_{kind}", "eval")
+                mean = np.mean([np.mean(values, axis=1) for _, values in found], axis=0)
+                axis.plot(found[0][0], mean, marker=".", color=plots.colour(i), label=kind)
+            axis.set(title=name, xlabel="step", ylabel="exponent")
+        axes[0].legend(ncols=2)
+    return path.name, "Exponents by type of module, means over layers and seeds"
 
 
 def exponents(name, seeds, path: Path) -> tuple[str, str]:
@@ -88,3 +128,9 @@ def maps(groups, path: Path) -> tuple[str, str]:
         found[name] = np.mean(each, axis=0)
     heat_map(path, found)
     return path.name, "Exponents at the end of training, by type and layer"
+
+
+def layers(groups, path: Path) -> tuple[str, str]:
+    """Exponents of every module over training, the first seed of each variant."""
+    over_training(path, {name: next(iter(g.values())).rows for name, g in groups.items()})
+    return path.name, "Exponents of every module over training, by type and layer, one seed"

@@ -1,6 +1,7 @@
 """Tables, paired tests and figures of a comparison of weight decays."""
 
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,22 @@ from scipy import stats
 from common import metrics
 from common.experiment import Report, Run
 from lm import figures
+from lm.actions import note
 from lm.modules import TYPES
 from lm.transformer import flops_per_token, parameters
 
-BASE = "uniform"  # What the others are paired with, where it is there.
+CONTROLS = ("uniform_matched", "static_by_type", "shuffled")
 NUMBERS = ("val_loss", "val_ppl", "val_ppl_released")
+# Dense products per second of one device, bfloat16, as its maker states them.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
 def report(runs: dict[str, Run], folder: Path) -> Report:
@@ -23,15 +35,14 @@ def report(runs: dict[str, Run], folder: Path) -> Report:
         variant, _, seed = name.rpartition("seed")
         groups[variant.rstrip("-") or "main"][int(seed)] = run
     found = {name: summarize(each) for name, each in groups.items()}
-    base = BASE if BASE in groups else next(iter(groups))
-    paired = {
-        name: difference(each, groups[base]) for name, each in groups.items() if name != base
-    }
+    paired = [
+        {"what": what, "base": base} | difference(groups[what], groups[base])
+        for what, base in pairs(groups)
+    ]
     best = min(found, key=lambda name: found[name]["val_loss"])
-    drawn = figures.all_figures(groups, base, paired, folder)
+    drawn = figures.all_figures(groups, found, paired, folder)
     summary = found[best] | {
         "best": best,
-        "base": base,
         "groups": found,
         "paired": paired,
         "timing": {name: run.timing for name, run in runs.items()},
@@ -47,26 +58,52 @@ def report(runs: dict[str, Run], folder: Path) -> Report:
             result,
             "## Validation",
             _losses(found),
-            *(["## Paired with " + base, _pairs(paired)] if paired else []),
+            *(["## Paired differences", _pairs(paired)] if paired else []),
             "## Spectra at the end",
             _spectra(found),
+            *_flagged(groups),
             "## This machine",
             _machine(runs),
             "## Figures",
             *[f"{caption}\n\n![{caption}](figures/{name})" for name, caption in drawn],
             "Losses are nats per token; ± and brackets are one standard error over seeds. "
             "Paired differences are by seed, which fixes initial weights and data; intervals "
-            "are 95 %, by Student's t. `val_ppl_released` is exp(sum of batch means / "
-            "(batches + 1)), as published tables of this benchmark print it.",
+            "are 95 %, by Student's t, each by itself. Lower losses are better. `mean ratio` "
+            "is the mean over time and parameters. `val_ppl_released` is exp(sum of batch "
+            "means / (batches + 1)), as published tables of this benchmark print it.",
         ]
     )
     return Report(text, summary, result)
 
 
+def pairs(groups) -> list[tuple[str, str]]:
+    """Which variants are compared: (variant, base).
+
+    Everything with no decay, every rule with uniform decay of the same strength, AlphaDecay
+    with its controls; the first with all others where that gives nothing.
+    """
+    rule, strength = {}, {}
+    for name, seeds in groups.items():
+        optim = next(iter(seeds.values())).config.optim
+        rule[name], strength[name] = optim.rule, optim.weight_decay
+
+    def wanted(name, base):
+        if rule[base] == "none":
+            return rule[name] != "none"
+        controlled = rule[base] in CONTROLS and rule[name] == "alphadecay"
+        ruled = rule[base] == "uniform" and rule[name] not in ("none", "uniform")
+        return (controlled or ruled) and strength[name] == strength[base]
+
+    found = [pair for pair in product(groups, groups) if wanted(*pair)]
+    first = next(iter(groups))
+    return found or [(name, first) for name in groups if name != first]
+
+
 def summarize(seeds: dict[int, Run]) -> dict:
     """Means over seeds of the last evaluation; `_error` is one standard error."""
     rows = [last(run) for run in seeds.values()]
-    found: dict = {"seeds": len(rows)}
+    optim = next(iter(seeds.values())).config.optim
+    found: dict = {"seeds": len(rows), "rule": optim.rule, "weight_decay": optim.weight_decay}
     for name in NUMBERS:
         values = np.array([row[name] for row in rows])
         found[name] = float(values.mean())
@@ -140,13 +177,13 @@ def _losses(found) -> str:
 
 
 def _pairs(paired) -> str:
-    lines = ["| | seeds | loss − base | 95 % interval | p |", "|---|---|---|---|---|"]
-    for name, d in sorted(paired.items(), key=lambda item: item[1]["difference"] or 0):
+    lines = ["| | minus | seeds | loss | 95 % interval | p |", "|---|---|---|---|---|---|"]
+    for d in paired:
         gap = "–" if d["difference"] is None else f"{d['difference']:+.4f}"
         known = d["low"] is not None
         interval = f"{d['low']:+.4f} to {d['high']:+.4f}" if known else "–"
         p = "–" if d["p"] is None else f"{d['p']:.2g}"
-        lines.append(f"| {name} | {d['seeds']} | {gap} | {interval} | {p} |")
+        lines.append(f"| {d['what']} | {d['base']} | {d['seeds']} | {gap} | {interval} | {p} |")
     return "\n".join(lines)
 
 
@@ -161,6 +198,19 @@ def _spectra(found) -> str:
     return "\n".join(lines)
 
 
+def _flagged(groups) -> list[str]:
+    """A sentence on modules without a sound spectrum, if there are any."""
+    found = [
+        f"{name}-seed{seed}: {kind}[{layer}] {said}"
+        for name, seeds in groups.items()
+        for seed, run in seeds.items()
+        for kind in TYPES
+        for layer, alpha in enumerate(last(run)[f"alpha_layers_{kind}"])
+        if (said := note(alpha, last(run)[f"deficient_layers_{kind}"][layer]))
+    ]
+    return ["Modules to look at: " + ", ".join(found) + "."] if found else []
+
+
 def _machine(runs) -> str:
     lines = [
         "| | steps per second | tokens per second | MFU | peak memory (MB) | devices |",
@@ -172,11 +222,18 @@ def _machine(runs) -> str:
             continue
         rate = t["steps_per_second"]
         tokens = rate * c.batch_size * c.data.length
-        mfu = "–"
-        if c.peak_flops:
-            mfu = f"{100 * rate * sum(flops(c).values()) / c.peak_flops:.1f} %"
+        peak, mfu = c.peak_flops or _peak(t["devices"]), "–"
+        if peak:
+            mfu = f"{100 * rate * sum(flops(c).values()) / peak:.1f} %"
         lines.append(
             f"| {name} | {rate:.3g} | {tokens:,.0f} | {mfu} "
             f"| {t['peak_host_memory_mb']:.0f} | {t['devices']} |"
         )
     return "\n".join(lines)
+
+
+def _peak(devices: str) -> float:
+    """Of all devices, "8 x NVIDIA H100 80GB HBM3"; 0: not known."""
+    count, _, kind = devices.partition(" x ")
+    known = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return int(count) * PEAK_FLOPS[max(known, key=len)] if known else 0.0

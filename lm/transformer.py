@@ -75,6 +75,7 @@ class _Settings(NamedTuple):
     norm_eps: float
     init_std: float
     remat: bool
+    unroll: int
     dtype: str
     attention: str
     tie: bool
@@ -102,6 +103,7 @@ def transformer(
     norm_eps: float = 1e-6,
     init_std: float = 0.02,
     remat: bool = False,
+    unroll: int = 1,
     dtype: str = "float32",
     attention: str = "auto",
     tie: bool = False,
@@ -117,6 +119,8 @@ def transformer(
       norm_eps: added to the mean square in RMSNorm.
       init_std: all matrices and the embedding start as normal(0, init_std).
       remat: keep only each block's input for the gradient, compute the rest again.
+      unroll: layers in one turn of the scan. All of them is up to twice as fast for a small
+        model on a CPU, but takes longer to compile.
       dtype: of the products and the residual stream. float32 and float64 mean just that,
         on any device; bfloat16 is the fast one. Parameters, norms, softmax and logits are
         float32 in any case, and float64 with it (which needs JAX's x64).
@@ -192,7 +196,7 @@ RULES = rules(fsdp=True)
 
 def _checked(s: _Settings) -> _Settings:
     whole = "a whole number from {} up"
-    for name in ("vocab", "dim", "mlp", "heads"):
+    for name in ("vocab", "dim", "mlp", "heads", "unroll"):
         if getattr(s, name) < 1:
             raise reject(f"model.{name}", getattr(s, name), whole.format(1))
     if s.depth < 0:
@@ -268,7 +272,9 @@ def _apply(
         if s.remat:
             # A scan's body runs in a loop of its own, where nothing could be merged anyway.
             body = jax.checkpoint(body, prevent_cse=False)
-        h, _ = jax.lax.scan(body, _embedded(s, params, tokens), params["blocks"])
+        h, _ = jax.lax.scan(
+            body, _embedded(s, params, tokens), params["blocks"], unroll=s.unroll
+        )
         return _logits(s, params, h)
 
 
