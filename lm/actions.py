@@ -116,7 +116,7 @@ def analyze(config, parts, run: Run, folder: Path) -> str:
             layer,
             *(f"{a[i, layer]:.4f}" for a in (alpha, rank, ratio)),
             f"{decay[i, layer]:.3e}",
-            note(alpha[i, layer], flags[i, layer]),
+            note(float(alpha[i, layer]), int(flags[i, layer])),
         ]
         for i, kind in enumerate(TYPES)
         for layer in range(alpha.shape[1])

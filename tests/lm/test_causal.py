@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from common import config as configs
-from common import loop, metrics
+from common import loop, metrics, runner
 from common import mesh as meshes
 from common.errors import UserError
 from common.experiment import Run
 from lm import causal, weights
 from lm.transformer import transformer
+from tests.common.test_loop import Never
 
 # What they share is trained once.
 pytestmark = pytest.mark.xdist_group("lm")
@@ -71,11 +72,12 @@ def test_validation_is_the_mean_over_all_targets(plain):
     c, _, state, _, found = plain
     _, valid = causal.texts(**c.data)
     model, length = transformer(**c.model), c.data.length
+    params = jax.tree.map(jnp.asarray, state.params)
     tokens = np.asarray(valid.tokens[: c.eval.tokens + 1], np.int32)
     losses = []
     for start in range(0, c.eval.tokens, length):
         row = tokens[start : start + length + 1]
-        logits = np.asarray(model.apply(state.params, jnp.asarray(row[None, :-1])), float)[0]
+        logits = np.asarray(model.apply(params, jnp.asarray(row[None, :-1])), float)[0]
         logits -= logits.max(axis=1, keepdims=True)
         logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         losses.append(-logp[np.arange(len(row) - 1), row[1:]])
@@ -122,6 +124,25 @@ def test_actions(plain, tmp_path):
     assert table == made.actions["analyze"](run, tmp_path)
     assert len(table.splitlines()) == 2 + 7 * c.model.depth
     assert (tmp_path / "modules.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(devices=4, fsdp=True, mesh=dict(model=2))], ids=str
+)
+def test_resume_inside_a_refresh_interval_changes_no_bit(changes, tmp_path):
+    c = config(**changes, steps=6, optim=dict(alphadecay=dict(every=4)))
+    found = []
+    for name, at in (("whole", None), ("cut", 5)):
+        made, folder = causal.make(c), tmp_path / name
+        folder.mkdir()
+        if at:  # Ratios of step 4 decide about steps 5 and 6.
+            with pytest.raises(SystemExit):
+                loop.train(made, c, folder, Never(at))
+        loop.train(made, c, folder, Never())
+        state = jax.device_get(runner.load(made, c, folder, name).state())
+        found.append((state, (folder / "metrics.jsonl").read_text()))
+    chex.assert_trees_all_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 @pytest.mark.parametrize(

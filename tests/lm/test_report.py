@@ -156,7 +156,8 @@ def test_flags_of_spectra():
     assert found["deficient_layers_v"].tolist() == [1, 0]
     assert found["alpha_layers_v"].min() > 1
     assert found["alpha_layers_o"][0] == 0
-    said = [
-        actions.note(found["alpha_layers_o"][i], found["deficient_layers_o"][i]) for i in (0, 1)
+    alpha, flags = found["alpha_layers_o"].tolist(), found["deficient_layers_o"].tolist()
+    assert [actions.note(*each) for each in zip(alpha, flags, strict=True)] == [
+        "no exponent",
+        "",
     ]
-    assert said == ["no exponent", ""]
