@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from common import loop
 from common import mesh as meshes
-from common.errors import UserError
+from common.errors import UserError, reject
 from common.experiment import Experiment
 
 
@@ -42,13 +42,17 @@ def compile_step(experiment: Experiment, config: Any, topology: str = "") -> Cos
     mesh = meshes.make(**config.mesh, devices=devices)
     with jax.set_mesh(mesh):
         placed = loop.shapes(experiment, mesh)
+        made, parts = experiment.batch(0), mesh.shape["data"]
+        if any(len(a) % parts for a in jax.tree.leaves(made)):
+            rows = len(jax.tree.leaves(made)[0])
+            raise reject("mesh.data", parts, f"a divisor of the batch's {rows} rows")
         batch = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(
                 np.shape(a),
                 np.asarray(a).dtype,
                 sharding=NamedSharding(mesh, P("data")),
             ),
-            experiment.batch(0),
+            made,
         )
         # Nothing may be computed here: these devices may not exist.
         key = jax.eval_shape(lambda: jax.random.key(0))

@@ -4,6 +4,8 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +150,7 @@ class _Work:
                     _say(f"Saved step {done}; the same command continues from there.")
                     raise SystemExit(leave)
                 if evaluate:
-                    with self.stop.at_rest():
+                    with self.stop.at_rest(), clock.stopped(state):
                         self.evaluate(state, done)
         progress.close()
         clock.write(self.folder / "timing.json", step._cache_size())
@@ -199,6 +201,7 @@ class _Clock:
         self.began = time.monotonic()
         self.start = 0  # The step that `run` begins after.
         self.first = self.from_command = self.warm = None
+        self.paused = 0.0
 
     def tick(self, done: int, values: Any) -> None:
         if done == self.start + 1:
@@ -210,10 +213,18 @@ class _Clock:
                 _Clock.measured_command = True
         self.done, self.values = done, values
 
+    @contextmanager
+    def stopped(self, state: Any) -> Iterator[None]:
+        """Evaluations do not count among the seconds of steps."""
+        jax.block_until_ready(state)
+        before = time.monotonic()
+        yield
+        self.paused += time.monotonic() - before
+
     def write(self, path: Path, compilations: int) -> None:
         jax.block_until_ready(self.values)
         after = self.done - self.start - 1
-        seconds = time.monotonic() - self.warm
+        seconds = time.monotonic() - self.warm - self.paused
         device = jax.local_devices()[0]
         stats = device.memory_stats() or {}
         found = {

@@ -180,8 +180,11 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
     if jax.process_count() == 1:
         Stop()  # A signal ends the program without a traceback.
     if do == "compile":
-        _check_shared(config)
-        experiment = make(config)
+        here = ConfigDict(config.to_dict())
+        if given:  # Those devices' mesh is judged where it is made.
+            here.mesh = ConfigDict(dict(data=-1, model=1))
+        _check_shared(here)
+        experiment = make(here)
         _check_mesh(experiment, config)
         print(aot.describe(aot.compile_step(experiment, config, topology=given)))
         return

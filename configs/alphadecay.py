@@ -4,8 +4,12 @@
     python main.py --config=configs/alphadecay.py:60m --config.data.path=STORE
     python main.py --config=configs/alphadecay.py --do=analyze
 
-Sizes: test, small, 60m, 135m, 350m, 1b, and paper (135m with all methods of its tables).
-STORE is a folder of `python -m lm.prepare --source=allenai/c4 --tokenizer=... --out=STORE`.
+Sizes for a CPU: test; small; sweep, uniform decays of many strengths; calibrate, AlphaDecay
+alone, for the mean ratios of its controls; comparison, AlphaDecay and all controls at two
+decays, six seeds; order, exponents by type on the whole text.
+The paper's: 60m, 135m, 350m, 1b, uniform decay and AlphaDecay at 5e-6; 60m_adam, 60m_adamw,
+135m_adamw, its tables; paper, its six seeds at 135m. They need a large text, hence a STORE,
+a folder of `python -m lm.prepare --source=allenai/c4 --tokenizer=... --out=STORE`.
 """
 
 from configs.base import at_size, base
@@ -33,7 +37,8 @@ def get_config(size: str = "small"):
     config.batch_size = 16
     config.accumulate = 1  # Slices of the batch, one after the other.
     config.fsdp = False  # Parameters split over the data axis, too.
-    config.peak_flops = 0.0  # Of all devices together, for the model FLOPs utilisation.
+    config.pure_bf16 = False  # Weights and moments in bfloat16, too, as in the release.
+    config.peak_flops = 0.0  # Of all devices together, for the MFU; 0: as known.
     # path, valid: a token store, text files, or "" for the shipped tinyshakespeare and for
     # the last `holdout` of the first. pack: windows over all documents, or one document a
     # row; end_cut: end cut rows in the end-of-text token.
@@ -77,11 +82,12 @@ def get_config(size: str = "small"):
         rule="uniform",  # see optim/pretraining.py
         independent=False,
         decay_rest="base",
-        # Of uniform_matched and static_by_type: what AlphaDecay has on average over a run of
-        # this size and decay, measured (`ratio_mean` and `ratios` in a summary.json).
+        # Of uniform_matched and static_by_type: what AlphaDecay has on average over a run,
+        # `ratio_mean` and `ratios` in its summary.json. These are of this size and decay.
         **means["1e-1"],
         shuffle_seed=0,
         rho=1.0,
+        awd_factor=1.0,
         alphadecay=dict(
             s1=0.67,
             s2=5.0,
@@ -104,46 +110,66 @@ def get_config(size: str = "small"):
     )
     config.eval = dict(tokens=100_000, batch_size=64)
     config.sample = dict(count=2, steps=300, temperature=0.8, top_k=0, top_p=0.95)
-    rule = lambda name, **more: dict(optim=dict(rule=name, **more))
+    rule = lambda kind, **more: dict(optim=dict(rule=kind, **more))
     sweep = {"3e-2": 0.03, "1e-1": 0.1, "2e-1": 0.2, "4e-1": 0.4, "8e-1": 0.8}
-    methods = {
-        "none": rule("none"),
-        "uniform": rule("uniform"),
-        "uniform_matched": rule("uniform_matched"),
-        "static_by_type": rule("static_by_type"),
-        "shuffled": rule("shuffled"),
-        "alphadecay": rule("alphadecay"),
+    config.runs = {
+        name: rule(name) for name in ("none", "uniform", "uniform_matched", "alphadecay")
     }
-    config.runs = methods
+    compared = ("uniform", "uniform_matched", "static_by_type", "shuffled", "alphadecay")
 
-    def published(dim, mlp, heads, depth, steps, peak=1e-3, **optim):
+    def published(dim, mlp, heads, depth, steps, accumulate, peak=1e-3, **more):
         """The recipe of section 12: Adam with L2, 512 rows of 256 tokens, no packing."""
-        return dict(
-            steps=steps,
-            log_every=50,
-            eval_every=5000,
-            save_every=1000,
-            n_seeds=1,
-            batch_size=512,
-            data=dict(length=256, pack=False, limit=0),
-            model=dict(
-                vocab=32000,
-                dim=dim,
-                mlp=mlp,
-                heads=heads,
-                depth=depth,
-                unroll=1,
-                dtype="bfloat16",
-            ),
-            optim=dict(
-                name="adam",
-                learning_rate=peak,
-                weight_decay=5e-6,
-                alphadecay=dict(every=500),
-                **optim,
-            ),
-            eval=dict(tokens=10_000_000, batch_size=512),
+        unknown = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 0.0)
+        return (
+            dict(
+                steps=steps,
+                log_every=50,
+                eval_every=5000,
+                save_every=1000,
+                n_seeds=1,
+                batch_size=512,
+                accumulate=accumulate,
+                data=dict(length=256, pack=False, end_cut=True, limit=0),
+                model=dict(
+                    vocab=32000,
+                    dim=dim,
+                    mlp=mlp,
+                    heads=heads,
+                    depth=depth,
+                    remat=dim > 768,
+                    unroll=1,
+                    dtype="bfloat16",
+                ),
+                optim=dict(
+                    name="adam",
+                    learning_rate=peak,
+                    weight_decay=5e-6,
+                    matched=0.0,
+                    ratios=unknown,
+                    awd_factor=100.0,
+                    alphadecay=dict(every=500),
+                ),
+                eval=dict(tokens=10_000_000, batch_size=512),
+                runs=dict(uniform=rule("uniform"), alphadecay=rule("alphadecay")),
+            )
+            | more
         )
+
+    def table(decays, names, **optim):
+        """All rules of a published table at all its decays: name -> (decay, s2)."""
+        return {"none": rule("none", **optim)} | {
+            f"{name}_{label}": rule(name, weight_decay=eta, alphadecay=dict(s2=s2), **optim)
+            for name in names
+            for label, (eta, s2) in decays.items()
+        }
+
+    # Sections 13.1 and 13.2.
+    tabled = ("uniform", "awd", "adadecay_module", "alphadecay")
+    adam = {"1e-5": (1e-5, 3.0), "5e-6": (5e-6, 5.0), "1e-6": (1e-6, 5.0)}
+    adamw = {"1e-1": (0.1, 5.0), "5e-2": (0.05, 5.0), "1e-2": (0.01, 5.0)}
+    m60 = (512, 1376, 8, 8, 10_000, 4)
+    m135 = (768, 2048, 12, 12, 20_000, 8)
+    decoupled = table(adamw, tabled, name="adamw")
 
     sizes = {
         "test": dict(
@@ -173,8 +199,7 @@ def get_config(size: str = "small"):
             runs={"none": rule("none")}
             | {
                 f"{name}_{label}": rule(name, weight_decay=eta, **means[label])
-                for name in methods
-                if name != "none"
+                for name in compared
                 for label, eta in strengths.items()
             },
         ),
@@ -184,18 +209,21 @@ def get_config(size: str = "small"):
                 for name, eta in strengths.items()
             },
         ),
-        "60m": published(512, 1376, 8, 8, 10_000),
-        "135m": published(768, 2048, 12, 12, 20_000),
-        "350m": published(1024, 2736, 16, 24, 60_000),
-        "1b": published(2048, 5461, 32, 24, 90_000, peak=6e-4),
-        "paper": published(768, 2048, 12, 12, 20_000)
-        | dict(
-            n_seeds=6,
-            runs={
-                **methods,
-                "awd": rule("awd"),
-                "adadecay_module": rule("adadecay_module"),
-            },
+        # The spec's small model on the whole text: decay has no time to act, exponents do.
+        "order": dict(
+            steps=600,
+            eval_every=50,
+            data=dict(limit=0),
+            optim=dict(learning_rate=3e-3, weight_decay=0.1),
+            runs={"uniform": rule("uniform"), "alphadecay": rule("alphadecay")},
         ),
+        "60m": published(*m60),
+        "60m_adam": published(*m60, runs=table(adam, tabled)),
+        "60m_adamw": published(*m60, runs=decoupled),
+        "135m": published(*m135),
+        "135m_adamw": published(*m135, runs=decoupled),
+        "350m": published(1024, 2736, 16, 24, 60_000, 16),
+        "1b": published(2048, 5461, 32, 24, 90_000, 32, peak=6e-4),
+        "paper": published(*m135, runs=table(adam, tabled), n_seeds=6, seed=5),
     }
     return at_size(config, size, sizes)

@@ -32,7 +32,7 @@ from lm.transformer import rules, transformer
 from optim.alphadecay import AlphaDecayState, diagnostics
 from optim.decay_controls import permuted
 from optim.modules import select
-from optim.pretraining import pretraining
+from optim.pretraining import pretraining, schedule
 
 
 class State(NamedTuple):
@@ -56,12 +56,16 @@ def make(config) -> Experiment:
       UserError: the config asks for what cannot be.
     """
     train, valid = texts(**config.data)
-    _check(config, train)
+    _check(config, train, valid)
     model = transformer(**config.model)
     tx = pretraining(**config.optim, steps=config.steps, modules=modules)
+    o = config.optim
+    rate = schedule(o.learning_rate, config.steps, o.warmup, o.final)
 
     def init(key):
         params = model.init(key)
+        if config.pure_bf16:
+            params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
         return State(params, tx.init(params))
 
     def step(state, batch, key):
@@ -71,6 +75,8 @@ def make(config) -> Experiment:
         params = optax.apply_updates(state.params, updates)
         values = {
             "loss": loss,
+            "perplexity": jnp.exp(loss),
+            "learning_rate": rate(_updates_done(state.opt)),
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
@@ -94,14 +100,29 @@ def make(config) -> Experiment:
     )
 
 
-def texts(path: str, valid: str, holdout: float, limit: int, tokenizer: str, **rest):
-    """Training and validation text: `valid`, or the last `holdout` of the first."""
+def _updates_done(opt) -> jax.Array:
+    """The count of the learning rate's schedule, the last transformation of every chain."""
+    is_ours = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    found = [s for s in jax.tree.leaves(opt, is_leaf=is_ours) if is_ours(s)]
+    return found[-1].count
+
+
+def texts(
+    path: str, valid: str, holdout: float, limit: int, tokenizer: str, pack: bool, **rest
+):
+    """Training and validation text: `valid`, or the last `holdout` of the first.
+
+    Raises:
+      UserError: they cannot be read, or have different tokenizers.
+    """
     del rest
-    found = corpus.load(path, tokenizer)
-    if valid:
-        train, held_out = found, corpus.load(valid, tokenizer)
-    else:
-        train, held_out = corpus.split(found, holdout)
+    train = corpus.load(path, tokenizer)
+    if not valid:
+        # One document can only be cut.
+        by_document = not pack and len(train.offsets) > 2
+        train, held_out = corpus.split(train, holdout, by_document)
+        return corpus.head(train, limit), held_out
+    held_out = corpus.load(valid, tokenizer or train.tokenizer)
     return corpus.head(train, limit), held_out
 
 
@@ -149,7 +170,8 @@ def evaluate(config, measure, valid, state, key) -> dict:
     Returns:
       val_loss: mean cross-entropy per target, nats (the truth); val_ppl its exponential.
       val_ppl_released: exp(sum of batch means / (batches + 1)), what the published tables
-        print (the released evaluation starts its counter at 1).
+        print (the released evaluation starts its counter at 1). There the last batch goes
+        on to its end; here the budget is exact.
       what `actions.spectra_of` finds of every module.
 
     Args:
@@ -168,6 +190,7 @@ def evaluate(config, measure, valid, state, key) -> dict:
             part = meshes.to_devices(part, placed)
         found.append(measure(state.params, part))
     sums, counts = np.array(jax.device_get(found), float).T
+    sums, counts = sums[counts > 0], counts[counts > 0]
     loss = sums.sum() / counts.sum()
     released = (sums / counts).sum() / (len(sums) + 1)
     return {
@@ -189,10 +212,22 @@ def _batches(config, train):
         made = batches.packed(train, config.batch_size, data.length, seed)
     else:
         made = batches.rows(train, config.batch_size, data.length, seed, data.end_cut)
-    return lambda step: {k: v for k, v in made(step).items() if k in ("tokens", "mask")}
+    few = not data.pack and len(train.offsets) - 1 < config.batch_size
+
+    def batch(step):
+        if few and step:  # The first alone is wanted for shapes, whatever the text.
+            count = len(train.offsets) - 1
+            allowed = (
+                f"True, or a text of {config.batch_size} documents or more (form feeds or "
+                f"files part them): this one has {count}, and rows of a batch would repeat"
+            )
+            raise reject("data.pack", False, allowed)
+        return {k: v for k, v in made(step).items() if k in ("tokens", "mask")}
+
+    return batch
 
 
-def _check(config, train) -> None:
+def _check(config, train, valid) -> None:
     devices = meshes.make(**config.mesh).shape["data"]
     for name, rows in (
         ("batch_size", config.batch_size),
@@ -203,9 +238,18 @@ def _check(config, train) -> None:
     if config.accumulate < 1 or (config.batch_size // devices) % config.accumulate:
         allowed = f"a divisor of the {config.batch_size // devices} rows of a device"
         raise reject("accumulate", config.accumulate, allowed)
-    if train.largest >= config.model.vocab:
-        allowed = f"at least {train.largest + 1} for the tokens of this text"
+    largest = max(train.largest, valid.largest, train.pad)
+    if largest >= config.model.vocab:
+        allowed = f"at least {largest + 1} for the tokens of this text"
         raise reject("model.vocab", config.model.vocab, allowed)
+    if config.model.depth < 1:
+        raise reject("model.depth", config.model.depth, "a whole number from 1 up")
+    if config.pure_bf16 and config.model.dtype != "bfloat16":
+        raise reject("pure_bf16", True, "False, or model.dtype bfloat16")
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise reject("model.dtype", "float64", "another one, or config.x64 True")
+    if config.peak_flops < 0:
+        raise reject("peak_flops", config.peak_flops, "0 (known or left out) or more")
     if config.data.length < 2:
         raise reject("data.length", config.data.length, "at least 2")
     if config.eval.tokens < 0:

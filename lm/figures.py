@@ -1,5 +1,6 @@
 """The figures of a comparison of weight decays, one function each."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,13 @@ def all_figures(groups, found, paired: list, folder: Path) -> list[tuple[str, st
 def _rows(seeds, name: str, split: str = "train") -> list[tuple[np.ndarray, np.ndarray]]:
     found = [metrics.select(run.rows, name, split) for run in seeds.values()]
     return [f for f in found if len(f[0])]
+
+
+def _mean(alpha: np.ndarray, axes) -> np.ndarray:
+    """Of exponents; 0 stands for none and does not count. NaN where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(np.where(alpha > 0, alpha, np.nan), axis=axes)
 
 
 def losses(groups, path: Path) -> tuple[str, str]:
@@ -61,7 +69,7 @@ def strengths(found, path: Path) -> tuple[str, str]:
             loss, error = each[0]["val_loss"], each[0]["val_loss_error"]
             if rule == "none":
                 axis.axhline(loss, color="k", lw=1, ls="--", label=rule)
-                if np.isfinite(error):
+                if error is not None:
                     axis.axhspan(loss - error, loss + error, color="k", alpha=0.1)
                 continue
             x = [f["weight_decay"] for f in each]
@@ -97,7 +105,7 @@ def types(groups, path: Path) -> tuple[str, str]:
         for axis, (name, seeds) in zip(axes, groups.items(), strict=True):
             for i, kind in enumerate(TYPES):
                 found = _rows(seeds, f"alpha_layers_{kind}", "eval")
-                mean = np.mean([np.mean(values, axis=1) for _, values in found], axis=0)
+                mean = _mean(np.stack([values for _, values in found]), (0, 2))
                 axis.plot(found[0][0], mean, marker=".", color=plots.colour(i), label=kind)
             axis.set(title=name, xlabel="step", ylabel="exponent")
         axes[0].legend(ncols=2)
@@ -125,7 +133,7 @@ def maps(groups, path: Path) -> tuple[str, str]:
     for name, seeds in groups.items():
         rows = [[r for r in run.rows if r["split"] == "eval"][-1] for run in seeds.values()]
         each = [[row[f"alpha_layers_{kind}"] for kind in TYPES] for row in rows]
-        found[name] = np.mean(each, axis=0)
+        found[name] = _mean(np.array(each), 0)
     heat_map(path, found)
     return path.name, "Exponents at the end of training, by type and layer"
 

@@ -20,6 +20,7 @@ NUMBERS = ("val_loss", "val_ppl", "val_ppl_released")
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -50,7 +51,7 @@ def report(runs: dict[str, Run], folder: Path) -> Report:
     config = next(iter(runs.values())).config
     result = (
         f"Best of {len(groups)}: {best}, validation loss {_digits(found[best], 'val_loss')} "
-        f"nats ({found[best]['seeds']} seeds)."
+        f"nats ({_seeds(found[best]['seeds'])})."
     )
     text = "\n\n".join(
         [
@@ -108,9 +109,10 @@ def summarize(seeds: dict[int, Run]) -> dict:
         values = np.array([row[name] for row in rows])
         found[name] = float(values.mean())
         found[f"{name}_error"] = _error(values)
-    kinds = [np.array([row[f"alpha_layers_{k}"] for row in rows]).mean() for k in TYPES]
-    found["alpha"] = dict(zip(TYPES, map(float, kinds), strict=True))
-    found["alpha_spread"] = max(kinds) - min(kinds)
+    kinds = [_mean_alpha([row[f"alpha_layers_{k}"] for row in rows]) for k in TYPES]
+    known = [kind for kind in kinds if kind is not None]
+    found["alpha"] = dict(zip(TYPES, kinds, strict=True))
+    found["alpha_spread"] = max(known) - min(known) if known else None
     ratios = [metrics.select(run.rows, "ratio_mean")[1] for run in seeds.values()]
     if all(len(r) for r in ratios):
         found["ratio_mean"] = float(np.mean([r.mean() for r in ratios]))
@@ -149,19 +151,31 @@ def last(run: Run) -> dict:
 
 def flops(config) -> dict[str, float]:
     """Of one training step, all devices together."""
-    tokens = config.batch_size * config.data.length
-    each = flops_per_token(length=config.data.length, **config.model)
+    length = config.data.length - (not config.data.pack)  # Places with a prediction.
+    tokens = config.batch_size * length
+    each = flops_per_token(length=length, **config.model)
     return {"forward and backward": float(each) * tokens}
 
 
-def _error(values: np.ndarray) -> float:
+def _error(values: np.ndarray) -> float | None:
+    """One standard error of the mean; None of a single value."""
     n = len(values)
-    return float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+    return float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+
+
+def _mean_alpha(values: list) -> float | None:
+    """Over layers and seeds; modules without an exponent stand as 0 and do not count."""
+    alpha = np.ravel(values)
+    return float(alpha[alpha > 0].mean()) if np.any(alpha > 0) else None
 
 
 def _digits(found: dict, name: str) -> str:
     value, error = found[name], found[f"{name}_error"]
-    return f"{value:.4f}" if not np.isfinite(error) else f"{value:.4f} ± {error:.4f}"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _losses(found) -> str:
@@ -193,8 +207,9 @@ def _spectra(found) -> str:
         "|---|" + "---|" * (len(TYPES) + 1),
     ]
     for name, f in found.items():
-        cells = [f"{f['alpha'][kind]:.3f}" for kind in TYPES]
-        lines.append(f"| {name} | {' | '.join(cells)} | {f['alpha_spread']:.3f} |")
+        values = [*(f["alpha"][kind] for kind in TYPES), f["alpha_spread"]]
+        cells = ["–" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -221,7 +236,8 @@ def _machine(runs) -> str:
         if not t or not t.get("steps_per_second"):
             continue
         rate = t["steps_per_second"]
-        tokens = rate * c.batch_size * c.data.length
+        # Places in the rows, padding included.
+        tokens = rate * c.batch_size * (c.data.length - (not c.data.pack))
         peak, mfu = c.peak_flops or _peak(t["devices"]), "–"
         if peak:
             mfu = f"{100 * rate * sum(flops(c).values()) / peak:.1f} %"

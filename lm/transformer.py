@@ -191,9 +191,6 @@ def rules(fsdp: bool) -> tuple[tuple[str, P], ...]:
     )
 
 
-RULES = rules(fsdp=True)
-
-
 def _checked(s: _Settings) -> _Settings:
     whole = "a whole number from {} up"
     for name in ("vocab", "dim", "mlp", "heads", "unroll"):

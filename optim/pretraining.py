@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from common.errors import reject
@@ -59,6 +60,7 @@ def pretraining(
     ratios: Any,
     shuffle_seed: int,
     rho: float,
+    awd_factor: float,
     alphadecay: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The chain of a config. Its input is the raw gradient of the loss.
@@ -66,21 +68,26 @@ def pretraining(
     Args:
       name: of `OPTIMIZERS`.
       steps: of the whole run, for the schedule.
-      modules: as in `optim.alphadecay.alphadecay`.
+      modules: (dotted path, leaf) -> `optim.modules.Dims` or None. Leaves under "blocks."
+        are taken for layers stacked along axis 0, as `lm.transformer` has them.
       learning_rate: the peak.
       warmup, final: share of the steps, and of the peak at the end.
       clip: largest global norm of the raw gradient; 0: none.
-      weight_decay: eta, or the strength of awd.
+      weight_decay: eta.
       rule: of `RULES`. "uniform_matched" decays all modules at `matched` times eta,
         "static_by_type" at `ratios[type]` times eta; the rest is at eta.
+      matched, ratios: time means of an AlphaDecay run of the same recipe; 0: not known.
       independent: divide eta by the peak, so that shrinkage does not depend on it.
       decay_rest: "base" or "none", for what is no module.
       rho: target norm of norm_control.
+      awd_factor: the strength of awd is this times eta; 100 in the AlphaDecay release.
       alphadecay: the settings of `alphadecay`, s1, s2, every, ...
 
     Raises:
       UserError: a field is out of range.
     """
+    if decay_rest not in ("base", "none"):
+        raise reject("optim.decay_rest", decay_rest, "base or none")
     if name not in OPTIMIZERS:
         raise reject("optim.name", name, f"one of {', '.join(OPTIMIZERS)}")
     if rule not in RULES:
@@ -99,11 +106,16 @@ def pretraining(
             raise reject(f"optim.{field}", value, "a finite number above 0")
     if not 0 <= clip < float("inf"):
         raise reject("optim.clip", clip, "a finite number from 0 (none) up")
+    means = "the mean of an AlphaDecay run of this recipe, in its summary.json as "
+    if rule == "uniform_matched" and not 0 < matched < float("inf"):
+        raise reject("optim.matched", matched, means + "ratio_mean")
+    if rule == "static_by_type" and not any(dict(ratios).values()):
+        raise reject("optim.ratios", dict(ratios), means + "ratios")
     rate = schedule(learning_rate, steps, warmup, final)
     strength = wd.independent(weight_decay, learning_rate) if independent else weight_decay
     decay = _rule(
         rule, strength, rate, learning_rate, b2, modules, decay_rest, matched, ratios,
-        shuffle_seed, rho, dict(alphadecay),
+        shuffle_seed, rho, awd_factor, dict(alphadecay),
     )  # fmt: skip
     direction = {
         "adam": lambda: optax.scale_by_adam(b1, b2, eps),
@@ -112,8 +124,12 @@ def pretraining(
         "muon": lambda: _muon(modules, b1, b2, eps),
     }[name]()
     order = (decay, direction) if coupled else (direction, decay)
-    inner = wd.with_gradient(optax.chain(*order, optax.scale_by_learning_rate(rate)))
-    return optax.chain(optax.clip_by_global_norm(clip), inner) if clip else inner
+    inner = optax.chain(*order, optax.scale_by_learning_rate(rate))
+    clipped = optax.clip_by_global_norm(clip) if clip else optax.identity()
+    if rule == "awd":  # By the norm of the loss's own gradient.
+        return wd.with_gradient(optax.chain(clipped, inner))
+    # What Adam sees: `scheduled` needs the same second moment.
+    return optax.chain(clipped, wd.with_gradient(inner))
 
 
 def schedule(peak: float, steps: int, warmup: float, final: float) -> Callable:
@@ -125,7 +141,7 @@ def schedule(peak: float, steps: int, warmup: float, final: float) -> Callable:
 
 
 def _rule(
-    rule, eta, rate, peak, b2, modules, rest, matched, ratios, seed, rho, settings
+    rule, eta, rate, peak, b2, modules, rest, matched, ratios, seed, rho, awd, settings
 ) -> optax.GradientTransformation:
     admitted = (lambda path: True) if rest == "base" else _selects(modules)
     layered = lambda path: int(path.startswith("blocks."))  # Stacked along axis 0.
@@ -142,7 +158,7 @@ def _rule(
         "alphadecay": lambda: alphadecay(eta, **shared, **settings),
         "shuffled": lambda: controls.shuffled(eta, seed, **shared, **settings),
         "adadecay_module": lambda: alphadecay(eta, **shared, **settings | gradients),
-        "awd": lambda: wd.awd(eta, mask=admitted),
+        "awd": lambda: wd.awd(awd * eta, mask=admitted),
         "adadecay": lambda: wd.adadecay(eta, mask=admitted, stacked=layered),
         "cautious": lambda: wd.cautious(eta, mask=admitted),
         "adamc": lambda: wd.adamc(
@@ -176,8 +192,11 @@ def _muon(modules, b1, b2, eps) -> optax.GradientTransformation:
             found = modules(dotted(path), leaf)
             if found is None:
                 return None
-            axes = ((found.reduction_axis % leaf.ndim,), (found.output_axis % leaf.ndim,))
-            return optax.contrib.MuonDimensionNumbers(*axes)
+            if found.parts > 1:
+                raise reject("optim.name", "muon", "another one for fused matrices")
+            axes = (np.atleast_1d(a) for a in (found.reduction_axis, found.output_axis))
+            whole = (tuple(int(a) % leaf.ndim for a in axis) for axis in axes)
+            return optax.contrib.MuonDimensionNumbers(*whole)
 
         return jax.tree_util.tree_map_with_path(one, params)
 

@@ -97,6 +97,15 @@ def test_a_model_learns():
     assert float(values["loss"]) < 3.6
 
 
+def test_pure_bfloat16_keeps_no_float32_copy():
+    changes = dict(pure_bf16=True, model=dict(dtype="bfloat16"))
+    _, made, state, values, _ = trained(steps=40, measure=False, **changes)
+    wide = jax.eval_shape(made.init, jax.random.key(0)).opt
+    floats = [a.dtype for a in jax.tree.leaves((state.params, wide)) if a.ndim > 1]
+    assert set(floats) == {jnp.dtype("bfloat16")}
+    assert float(values["loss"]) < 5.0
+
+
 def test_one_document_per_row(tmp_path):
     text = "\f".join(f"{'the quick brown fox'[: 4 + i % 15]}" for i in range(400))
     (tmp_path / "a.txt").write_text(text)
@@ -106,6 +115,21 @@ def test_one_document_per_row(tmp_path):
     assert set(made.batch(0)) == {"tokens", "mask"}
     assert not made.batch(0)["mask"].all()
     assert found["val_loss"] < 1.5
+
+
+def test_a_text_of_few_documents_is_no_batch_of_documents():
+    made = causal.make(config(data=dict(pack=False)))
+    assert made.batch(0)["tokens"].shape == (8, 16)  # For shapes, whatever the text.
+    with pytest.raises(UserError, match="this one has 1, and rows of a batch would repeat"):
+        made.batch(1)
+
+
+def test_validation_text_is_held_to_the_same_vocabulary(tmp_path):
+    (tmp_path / "train.txt").write_text("plain words " * 50)
+    (tmp_path / "valid.txt").write_bytes(bytes([200, 65]) * 50)
+    data = dict(path=str(tmp_path / "train.txt"), valid=str(tmp_path / "valid.txt"))
+    with pytest.raises(UserError, match=r"model\.vocab is 128, but must be at least 201"):
+        causal.make(config(data=data, model=dict(vocab=128)))
 
 
 def test_actions(plain, tmp_path):
@@ -149,10 +173,14 @@ def test_resume_inside_a_refresh_interval_changes_no_bit(changes, tmp_path):
     ("changes", "said"),
     [
         (dict(model=dict(vocab=20)), r"model\.vocab is 20, but must be at least 123"),
+        (dict(model=dict(depth=0)), r"model\.depth is 0, but must be a whole number from 1 up"),
+        (dict(model=dict(dtype="float64")), r"model\.dtype is 'float64', but must be another"),
+        (dict(pure_bf16=True), r"pure_bf16 is True, but must be False, or model\.dtype"),
+        (dict(peak_flops=-1.0), r"peak_flops is -1\.0"),
         (dict(batch_size=7, devices=2), r"batch_size is 7, but must be a multiple of the 2"),
         (dict(accumulate=3), r"accumulate is 3, but must be a divisor of the 8 rows"),
         (dict(data=dict(path="nowhere.txt")), "nowhere"),
-        (dict(data=dict(holdout=1.5)), r"held-out share is 1\.5"),
+        (dict(data=dict(holdout=1.5)), r"data\.holdout is 1\.5"),
         (dict(model=dict(heads=3)), r"model\.heads is 3|model\.dim is 16"),
     ],
 )

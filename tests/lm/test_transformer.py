@@ -11,7 +11,7 @@ import pytest
 
 from common import mesh as meshes
 from common.errors import UserError
-from lm.transformer import RULES, SIZES, flops_per_token, parameters, rules, transformer
+from lm.transformer import SIZES, flops_per_token, parameters, rules, transformer
 
 # Two queries share a key; a strong start, so that attention is far from uniform.
 SMALL = dict(vocab=23, dim=16, mlp=24, heads=4, kv_heads=2, depth=2, init_std=0.3)
@@ -352,7 +352,6 @@ def test_eight_devices_do_what_one_does(data, model, fsdp):
     split = [path for path, n in parts.items() if n == (data if fsdp else 1) * model]
     assert len(split) == 3 * 9
     assert not any("norm" in path for path in split)
-    assert rules(fsdp=True) == RULES
 
 
 def test_xla_by_name_and_by_itself_are_the_same_here():

@@ -69,6 +69,22 @@ def test_rules_differ_where_they_should():
     np.testing.assert_allclose(up, base, rtol=1e-6)
 
 
+def test_awd_goes_by_the_gradient_before_clipping():
+    """bar_0 = 0.9 factor eta |g| / |w| of section 8, for all parameters alike."""
+    params = transformer(**PARTS).init(jax.random.key(0))
+    grads = jax.tree.map(lambda p: jnp.cos(7 * p), params)
+    norm = lambda tree: np.sqrt(sum(float(np.sum(np.square(a))) for a in jax.tree.leaves(tree)))
+    changes = dict(weight_decay=0.01, awd_factor=50.0, clip=0.5, warmup=0.0, b1=0.0)
+    found = {}
+    for rule in ("awd", "none"):
+        tx = pretraining(**settings(rule=rule, **changes))
+        found[rule], _ = tx.update(grads, tx.init(params), params)
+    rate = settings()["learning_rate"]
+    decay = 0.9 * 50 * 0.01 * norm(grads) / (norm(params) + 1e-8)
+    want = jax.tree.map(lambda u, p: u - rate * decay * p, found["none"], params)
+    chex.assert_trees_all_close(found["awd"], want, rtol=1e-5, atol=1e-9)
+
+
 def test_the_schedule():
     rate = schedule(1e-3, 100, 0.1, 0.1)
     assert float(rate(0)) == 0
@@ -89,6 +105,10 @@ def test_the_schedule():
         (dict(b2=1.0), r"optim\.b2 is 1\.0"),
         (dict(weight_decay=float("nan")), r"optim\.weight_decay is nan"),
         (dict(rule="static_by_type", ratios=dict(query=1.0)), r"optim\.ratios is 'query'"),
+        (dict(rule="static_by_type", ratios=dict(q=0.0)), r"must be the mean of an AlphaDecay"),
+        (dict(rule="uniform_matched", matched=0.0), r"optim\.matched is 0\.0, but must be the"),
+        (dict(rule="uniform_matched", matched=-1.0), r"optim\.matched is -1\.0"),
+        (dict(decay_rest="all"), r"optim\.decay_rest is 'all', but must be base or none"),
     ],
 )
 def test_what_cannot_be_is_named(changes, said):
