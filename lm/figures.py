@@ -86,7 +86,7 @@ def differences(paired, path: Path) -> tuple[str, str]:
     """Paired differences of the validation loss, with 95 % intervals."""
     known = [d for d in paired if d["difference"] is not None][::-1]
     bases = list(dict.fromkeys(d["base"] for d in paired))
-    height = max(4.0, 0.28 * len(known))
+    height = max(3.0, 0.26 * len(known))
     with plots.figure(path, figsize=(6.4, height)) as axis:
         for i, d in enumerate(known):
             reach = 0 if d["low"] is None else d["high"] - d["difference"]
@@ -96,6 +96,7 @@ def differences(paired, path: Path) -> tuple[str, str]:
         names = [f"{d['what']} − {d['base']}" for d in known]
         axis.set_yticks(range(len(known)), names, fontsize=8)
         axis.set(xlabel="validation loss (nats per token)", ylim=(-0.5, len(known) - 0.5))
+        axis.locator_params(axis="x", nbins=5)
     return path.name, "Differences seed by seed with 95 % intervals; left: the first is better"
 
 

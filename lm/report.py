@@ -96,6 +96,7 @@ def pairs(groups) -> list[tuple[str, str]]:
         return (controlled or ruled) and strength[name] == strength[base]
 
     found = [pair for pair in product(groups, groups) if wanted(*pair)]
+    found.sort(key=lambda pair: rule[pair[1]] == "none")  # The rules among each other first.
     first = next(iter(groups))
     return found or [(name, first) for name in groups if name != first]
 
