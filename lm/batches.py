@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from common.errors import UserError
+from common.errors import UserError, reject
 from lm import corpus as corpora
 from lm.corpus import Corpus
 
@@ -64,8 +64,8 @@ def packed(
     Raises:
       UserError: the corpus is too short; later, a damaged token.
     """
+    _check(batch, seed, length, least=1)
     grid = _grid(corpus, length)
-    _check(batch, seed)
 
     def rows_of(step: int) -> Batch:
         epochs, places = np.divmod(step * batch + np.arange(batch), grid.count)
@@ -93,8 +93,8 @@ def rows(
     """One document per row, cut or padded: no packing.
 
     Args:
-      corpus: any.
-      batch: rows per step; may exceed an epoch.
+      corpus: of `batch` documents or more. Of fewer, step 0 alone is given, for its shapes.
+      batch: rows per step.
       length: tokens per row; a row has `length - 1` targets.
       seed: of the order; not negative.
       end_cut: end cut documents, too, in the end-of-text token, as Hugging Face tokenizers
@@ -105,12 +105,18 @@ def rows(
       0 for tokenizers without one, and never a target.
 
     Raises:
-      UserError: `length` is below 2; later, a damaged token.
+      UserError: `length` is below 2; later, a damaged token or too few documents.
     """
     _check(batch, seed, length)
     count = len(corpus.offsets) - 1
 
     def rows_of(step: int) -> Batch:
+        if step and count < batch:
+            allowed = (
+                f"True, or a text of {batch} documents or more (form feeds or files part "
+                f"them): this one has {count}, and rows of a batch would repeat"
+            )
+            raise reject("data.pack", False, allowed)
         epochs, places = np.divmod(step * batch + np.arange(batch), count)
         which = np.empty(batch, np.int64)
         for epoch in np.unique(epochs):
@@ -146,9 +152,9 @@ def validation(
     Raises:
       UserError: `length` is below 1 (2 for rows), or `tokens` is negative.
     """
-    _check(batch, 0, length if not pack else length + 1)
+    _check(batch, 0, length, least=1 if pack else 2, field="eval.batch_size")
     if tokens < 0:
-        raise UserError(f"The validation budget is {tokens} tokens, but must not be negative.")
+        raise reject("eval.tokens", tokens, "0 (all) or more")
     total, documents = len(corpus.tokens), len(corpus.offsets) - 1
     count = -(-(total - 1) // length) if pack else documents
     left = tokens or total
@@ -172,11 +178,6 @@ def validation(
         if left <= 0:
             break
     return found
-
-
-def rows_per_epoch(corpus: Corpus, length: int, pack: bool = True) -> int:
-    """Windows (or documents) of an epoch: step i ends `(i + 1) * batch / that` epochs."""
-    return _grid(corpus, length).count if pack else len(corpus.offsets) - 1
 
 
 def permute(
@@ -227,13 +228,9 @@ def _grid(corpus: Corpus, length: int) -> Grid:
     with one window more from there to length - 1. Whichever gives more offsets is taken.
     """
     targets = len(corpus.tokens) - 1
-    if length < 1:
-        raise UserError(f"The length of a row is {length}, but must be at least 1.")
     if targets < length:
-        raise UserError(
-            f"The text {corpus.path} has {targets + 1} tokens, too few for a window of "
-            f"{length + 1}."
-        )
+        allowed = f"at most {targets} for the {targets + 1} tokens of {corpus.path}"
+        raise reject("data.length", length, allowed)
     count = -(-targets // length)
     free = count * length - targets
     if free + 1 >= length - 1 - free:
@@ -275,10 +272,16 @@ def _fill(corpus: Corpus) -> np.int32:
     return np.int32(max(corpus.pad, 0))
 
 
-def _check(batch: int, seed: int, length: int = 2) -> None:
+def _check(
+    batch: int, seed: int, length: int, least: int = 2, field: str = "batch_size"
+) -> None:
     if batch < 1:
-        raise UserError(f"The batch has {batch} rows, but must have at least 1.")
+        raise reject(field, batch, "at least 1")
     if seed < 0:
-        raise UserError(f"The seed of the data is {seed}, but must not be negative.")
-    if length < 2:
-        raise UserError("A row needs at least one token and one target.")
+        raise UserError(
+            f"config.data.order_seed and config.seed add up to {seed}, but must add up to 0 or "
+            "more."
+        )
+    if length < least:
+        # One token and one target.
+        raise reject("data.length", length, f"at least {least}")

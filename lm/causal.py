@@ -122,7 +122,7 @@ def texts(
         by_document = not pack and len(train.offsets) > 2
         train, held_out = corpus.split(train, holdout, by_document)
         return corpus.head(train, limit), held_out
-    held_out = corpus.load(valid, tokenizer or train.tokenizer)
+    held_out = corpus.load(valid, tokenizer or train.tokenizer, "data.valid")
     return corpus.head(train, limit), held_out
 
 
@@ -212,19 +212,7 @@ def _batches(config, train):
         made = batches.packed(train, config.batch_size, data.length, seed)
     else:
         made = batches.rows(train, config.batch_size, data.length, seed, data.end_cut)
-    few = not data.pack and len(train.offsets) - 1 < config.batch_size
-
-    def batch(step):
-        if few and step:  # The first alone is wanted for shapes, whatever the text.
-            count = len(train.offsets) - 1
-            allowed = (
-                f"True, or a text of {config.batch_size} documents or more (form feeds or "
-                f"files part them): this one has {count}, and rows of a batch would repeat"
-            )
-            raise reject("data.pack", False, allowed)
-        return {k: v for k, v in made(step).items() if k in ("tokens", "mask")}
-
-    return batch
+    return lambda step: {k: v for k, v in made(step).items() if k in ("tokens", "mask")}
 
 
 def _check(config, train, valid) -> None:
@@ -238,7 +226,9 @@ def _check(config, train, valid) -> None:
     if config.accumulate < 1 or (config.batch_size // devices) % config.accumulate:
         allowed = f"a divisor of the {config.batch_size // devices} rows of a device"
         raise reject("accumulate", config.accumulate, allowed)
-    largest = max(train.largest, valid.largest, train.pad)
+    largest = max(train.largest, valid.largest, train.pad, valid.pad)
+    if config.data.end_cut and not config.data.pack:
+        largest = max(largest, train.eos)
     if largest >= config.model.vocab:
         allowed = f"at least {largest + 1} for the tokens of this text"
         raise reject("model.vocab", config.model.vocab, allowed)

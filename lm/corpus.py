@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, reject
 from lm import tokenizers
 
 VERSION = 1
@@ -45,25 +45,30 @@ class Corpus(NamedTuple):
     path: str  # where it came from, for messages
 
 
-def load(path: str, tokenizer: str = "") -> Corpus:
+def load(path: str, tokenizer: str = "", field: str = "data.path") -> Corpus:
     """A token store, text files or the text that ships with the project.
 
     Args:
       path: a store's folder; or a text file, a folder of `.txt` or a glob, tokenised here
         and now; or "" for the shipped tinyshakespeare.
       tokenizer: as in `lm.tokenizers.tokenizer`; "" is a store's own, and bytes for text.
+      field: of the config, that the path comes from; for messages.
 
     Raises:
       UserError: whatever is missing, damaged, empty or does not fit together.
     """
+    if tokenizer and not tokenizers.exists(tokenizer):
+        raise reject("data.tokenizer", tokenizer, f"'' or {tokenizers.ALLOWED}")
     if path and is_store(Path(path)):
         found = open_store(path)
         if tokenizer and tokenizers.digest(tokenizer) != tokenizers.digest(found.tokenizer):
-            raise UserError(
-                f"The store {path} was made with another tokenizer (vocabulary "
-                f"{found.vocab}) than {tokenizer!r}; leave the tokenizer empty to use its own."
+            allowed = (
+                f"'' or the tokenizer (vocabulary {found.vocab}) that {path} was made with"
             )
+            raise reject("data.tokenizer", tokenizer, allowed)
         return found
+    if path and not _files(path):
+        raise reject(field, path, "a token store, a text file, a folder of .txt or a glob")
     return from_text(path or SHIPPED, tokenizers.tokenizer(tokenizer or "bytes"))
 
 
@@ -120,6 +125,12 @@ def read_meta(path: Path) -> dict[str, Any]:
         or "name" not in meta["tokenizer"]
     ):
         raise UserError(f"The file {path} is damaged: {(*missing, 'tokenizer')[0]} is missing.")
+    for name in ("pad", "eos"):
+        if not -1 <= meta[name] < meta["vocab"]:
+            raise UserError(
+                f"The file {path} is damaged: {name} is {meta[name]}, but must be from -1 "
+                f"(none) to {meta['vocab'] - 1}."
+            )
     return meta
 
 
@@ -153,7 +164,7 @@ def from_text(paths: str | Path | Sequence[str | Path], kind: tokenizers.Tokeniz
         offsets.append(total)
     name = ", ".join(map(str, listed))
     if total < 2:
-        raise UserError(f"The text {name} is empty.")
+        raise UserError(f"The text {name} has {total} tokens, but needs at least 2 tokens.")
     tokens = np.concatenate(pieces)
     return Corpus(
         tokens=tokens.astype(width(kind.vocab_size)),
@@ -176,18 +187,20 @@ def files(path: str | Path) -> list[Path]:
     Raises:
       UserError: there are none.
     """
-    plain = Path(path)
-    if plain.is_file():
-        return [plain]
-    if plain.is_dir():
-        found = sorted(p for p in plain.rglob("*.txt") if p.is_file())
-        if not found:
-            raise UserError(f"The folder {path} holds no .txt files.")
-        return found
-    found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    found = _files(path)
+    if not found and Path(path).is_dir():
+        raise UserError(f"The folder {path} holds no .txt files.")
     if not found:
         raise UserError(f"There is no text file, folder or token store {str(path)!r}.")
     return found
+
+
+def _files(path: str | Path) -> list[Path]:
+    plain = Path(path)
+    if plain.is_file():
+        return [plain]
+    inside = plain.rglob("*.txt") if plain.is_dir() else glob.glob(str(path), recursive=True)
+    return sorted(p for p in map(Path, inside) if p.is_file())
 
 
 def documents(file: Path, any_bytes: bool) -> Iterator[str]:
@@ -234,8 +247,9 @@ def split(corpus: Corpus, holdout: float, by_document: bool = False) -> tuple[Co
     Args:
       corpus: with two tokens or more on either side of the cut.
       holdout: share of the tokens, between 0 and 1.
-      by_document: cut between two documents, at the boundary nearest to the share.
-        Otherwise at the exact token, and a document may lie in both parts.
+      by_document: cut between two documents, at the boundary nearest to the share: for
+        documents as rows. Otherwise at the exact token, and a document may lie in both
+        parts.
 
     Returns:
       Views of the same tokens, nothing is copied.
@@ -244,20 +258,20 @@ def split(corpus: Corpus, holdout: float, by_document: bool = False) -> tuple[Co
       UserError: the share is out of range or leaves a part empty.
     """
     if not 0 < holdout < 1:
-        raise UserError(f"The held-out share is {holdout!r}, but must lie between 0 and 1.")
+        raise reject("data.holdout", holdout, "above 0 and below 1")
     total = len(corpus.tokens)
     cut = int(total * (1 - holdout))
     if by_document:
         inner = np.asarray(corpus.offsets)[1:-1]
         if not inner.size:
             raise UserError(
-                f"The text {corpus.path} is one document and cannot be split by them."
+                f"The text {corpus.path} is one document and cannot be split by them, as "
+                "config.data.pack=False does; form feeds separate the documents of a text."
             )
         cut = int(inner[np.argmin(np.abs(inner - cut))])
     if min(cut, total - cut) < 2:
-        raise UserError(
-            f"The text {corpus.path} has {total} tokens, too few to hold out {holdout!r} of it."
-        )
+        allowed = f"a share that leaves 2 of the {total} tokens of {corpus.path} on either side"
+        raise reject("data.holdout", holdout, allowed)
     last = int(np.searchsorted(corpus.offsets, cut))  # The first start at or after the cut.
     before = np.append(corpus.offsets[:last], cut)
     after = np.append(cut, corpus.offsets[last:]) - cut
@@ -275,7 +289,7 @@ def head(corpus: Corpus, tokens: int) -> Corpus:
       UserError: fewer than two tokens are asked for.
     """
     if tokens < 0 or tokens == 1:
-        raise UserError(f"A text cannot be cut to {tokens} tokens: at least 2, or 0 for all.")
+        raise reject("data.limit", tokens, "0 (all) or at least 2")
     if not 0 < tokens < len(corpus.tokens):
         return corpus
     last = int(np.searchsorted(corpus.offsets, tokens))

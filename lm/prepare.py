@@ -228,7 +228,9 @@ def _append(path: Path, size: int, arrays: list, dtype: np.dtype) -> None:
 def _finish(folder: Path, kind, name: str, settings: dict, done: Done) -> None:
     """Cuts off what was not counted and writes offsets and, last, meta.json."""
     if done.tokens < 2:
-        raise UserError(f"The source of {folder} holds no text.")
+        raise UserError(
+            f"The source of {folder} has {done.tokens} tokens, but needs at least 2."
+        )
     width = corpus.width(kind.vocab_size)
     _append(folder / "tokens.bin", done.tokens * width.itemsize, [], width)
     _append(folder / "offsets.partial", done.documents * 8, [], np.dtype("<i8"))

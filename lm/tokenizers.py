@@ -8,7 +8,7 @@ tokenizer's own end-of-text token, or a form feed between two documents where it
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,9 @@ EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eos|>", 
 class Tokenizer(NamedTuple):
     """Pure functions of text.
 
-    `encode` adds no begin, end or padding token. `decode` leaves control tokens out and
-    undoes `encode` exactly for `bytes` and byte-level BPE; SentencePiece models may
-    normalise (T5 joins white space).
+    `encode` adds no begin, end or padding token. `decode` leaves out control tokens and
+    numbers that are no tokens, and undoes `encode` exactly for `bytes` and byte-level BPE;
+    SentencePiece models may normalise (T5 joins white space).
     """
 
     name: str  # What `tokenizer` was called with.
@@ -71,6 +71,14 @@ def find(name: str) -> Path:
     return path
 
 
+def exists(name: str) -> bool:
+    """Whether a tokenizer has that name; its file may still be damaged."""
+    try:
+        return name == "bytes" or bool(find(name))
+    except UserError:
+        return False
+
+
 def digest(name: str) -> str:
     """What tells tokenizers apart wherever they lie: "bytes", or the file's sha256."""
     if name == "bytes":
@@ -89,6 +97,14 @@ def ends(kind: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     if kind.eos >= 0:
         return nothing, np.array([kind.eos], np.int32)
     return kind.encode(SEPARATOR), nothing
+
+
+def control(path: Path, pad: int, eos: int) -> dict[str, str]:
+    """How a `tokenizer.json` spells its control tokens, by their names in `transformers`."""
+    import tokenizers as hf
+
+    spelt = hf.Tokenizer.from_file(str(path)).id_to_token
+    return {k: spelt(n) for k, n in (("pad_token", pad), ("eos_token", eos)) if n >= 0}
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> str:
@@ -130,7 +146,7 @@ def _bytes() -> Tokenizer:
 
     def decode(ids):
         # What a model generates need not be UTF-8, yet must be printable.
-        return bytes(np.asarray(ids, np.int64).tolist()).decode("utf-8", "replace")
+        return bytes(_known(ids, 256)).decode("utf-8", "replace")
 
     return Tokenizer("bytes", 256, encode, decode, -1, -1, lambda ts: [encode(t) for t in ts])
 
@@ -155,12 +171,22 @@ def _huggingface(name: str, path: Path) -> Tokenizer:
         return [np.array(one.ids, np.int32) for one in found]
 
     def decode(ids):
-        return model.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+        return model.decode(_known(ids, size), skip_special_tokens=True)
 
     size = 1 + max(model.get_vocab(with_added_tokens=True).values(), default=-1)
     if not size:
         raise UserError(f"The tokenizer file {path} has an empty vocabulary.")
+    if pad >= size:
+        raise UserError(
+            f"The tokenizer file {path} pads with the token {pad}, but must with one from 0 to "
+            f"{size - 1}."
+        )
     return Tokenizer(name, size, encode, decode, pad, _first(model, EOS), encode_all)
+
+
+def _known(ids: Any, size: int) -> list[int]:
+    """Those that are tokens: a model's vocabulary may be the larger one."""
+    return [i for i in np.asarray(ids, np.int64).tolist() if 0 <= i < size]
 
 
 def _first(model, names: Sequence[str]) -> int:
@@ -188,8 +214,7 @@ def _sentencepiece(name: str, path: Path) -> Tokenizer:
         return [np.array(ids, np.int32) for ids in model.encode(texts, out_type=int)]
 
     def decode(ids):
-        plain = [i for i in np.asarray(ids, np.int64).tolist() if not model.is_control(i)]
-        return model.decode(plain)
+        return model.decode([i for i in _known(ids, size) if not model.is_control(i)])
 
     size, pad, eos = model.vocab_size(), model.pad_id(), model.eos_id()
     return Tokenizer(name, size, encode, decode, pad, eos, encode_all)

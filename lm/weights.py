@@ -12,6 +12,7 @@ the same pairs.
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,6 @@ REQUIRED = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "rope_scaling": (None,),
 }
 
 
@@ -274,41 +274,73 @@ def _to_theirs(fields: dict) -> dict:
 def _to_ours(file: Path) -> dict:
     """The fields of a config.json; Transformers 5 puts what is about rotations together."""
     config = _json(file)
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{file}: rope_type is {rope['rope_type']!r}; we have default only.")
+
+    def wrong(name, value, allowed):
+        return UserError(f"{file}: {name} is {value!r}, but must be {allowed}.")
+
     for name, allowed in REQUIRED.items():
         if config.get(name, allowed[0]) not in allowed:
-            raise UserError(f"{file}: {name} is {config[name]!r}, but must be {allowed[0]!r}.")
+            raise wrong(name, config[name], repr(allowed[0]))
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise wrong("rope_parameters", rope, "an object, or null")
+    if rope.get("rope_type", "default") != "default":
+        raise wrong("rope_type", rope["rope_type"], "'default'")
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else ""
+    if scaling and kind != "default":
+        raise wrong("rope_scaling", scaling, "None, or of the rope_type 'default'")
 
-    def get(name, *default):
-        if name not in config and not default:
+    def get(name, allowed, right, *default, among=config):
+        if name not in among and not default:
             raise UserError(f"{file} lacks {name}.")
-        return config.get(name, *default)
+        value = among.get(name, *default)
+        if not right(value):
+            raise wrong(name, value, allowed)
+        return value
 
+    whole = lambda name, *default: get(name, "a whole number", _whole, *default)
+    maybe = lambda name: get(
+        name, "a whole number, or null", lambda v: v is None or _whole(v), None
+    )
+    number = lambda name, default, among=config: float(
+        get(name, "a finite number", _number, default, among=among)
+    )
+    base = number("rope_theta", 1e4, rope if "rope_theta" in rope else config)
     fields = {
-        "vocab": get("vocab_size"),
-        "dim": get("hidden_size"),
-        "mlp": get("intermediate_size"),
-        "heads": get("num_attention_heads"),
-        "depth": get("num_hidden_layers"),
-        "kv_heads": get("num_key_value_heads", None) or get("num_attention_heads"),
-        "rope_base": float(rope.get("rope_theta", get("rope_theta", 1e4))),
-        "norm_eps": get("rms_norm_eps", 1e-6),
-        "init_std": get("initializer_range", 0.02),
-        "tie": get("tie_word_embeddings", False),
+        "vocab": whole("vocab_size"),
+        "dim": whole("hidden_size"),
+        "mlp": whole("intermediate_size"),
+        "heads": whole("num_attention_heads"),
+        "depth": whole("num_hidden_layers"),
+        "kv_heads": maybe("num_key_value_heads") or whole("num_attention_heads"),
+        "rope_base": base,
+        "norm_eps": number("rms_norm_eps", 1e-6),
+        "init_std": number("initializer_range", 0.02),
+        "tie": get("tie_word_embeddings", "true or false", _is_bool, False),
     }
     try:
         transformer(**fields)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    except TypeError as error:
-        raise UserError(f"{file} holds a value of the wrong type: {error}.") from error
-    width = get("head_dim", None)
-    if width is not None and width * fields["heads"] != fields["dim"]:
-        allowed = fields["dim"] // fields["heads"]
-        raise UserError(f"{file}: head_dim is {width}, but must be {allowed}.")
+    width, allowed = maybe("head_dim"), fields["dim"] // fields["heads"]
+    if width not in (None, allowed):
+        raise wrong("head_dim", width, allowed)
     return fields
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    """An integer that the axis of an array may have; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _number(value: Any) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max  # JSON's integers have no end.
 
 
 def _shapes(fields: dict) -> Any:

@@ -26,6 +26,16 @@ def corpus(sizes, pad=0, eos=1, vocab=1000):
     )
 
 
+def windows(source, length):
+    """How many an epoch has: each target is in one of them."""
+    made = batches.packed(source, 1, length, seed=0)
+    targets, seen = len(source.tokens) - 1, 0
+    for step in itertools.count():
+        if seen >= targets:
+            return step
+        seen += int(made(step)["mask"].sum())
+
+
 def taken(made, epoch, count):
     """The rows of one epoch, whatever the batch is: batches of one row."""
     return [made(epoch * count + i) for i in range(count)]
@@ -68,7 +78,7 @@ def test_the_order_looks_random():
 @pytest.mark.parametrize("extra", [0, 1, 2, 3, 5, 8, 15, 16, 40])
 def test_each_token_is_a_target_once_per_epoch(length, extra):
     source = corpus([length + 1 + extra])
-    count = batches.rows_per_epoch(source, length)
+    count = windows(source, length)
     made = batches.packed(source, 1, length, seed=5)
     for epoch in range(4):
         seen = Counter()
@@ -85,7 +95,7 @@ def test_each_token_is_a_target_once_per_epoch(length, extra):
 def test_windows_tile_the_text():
     """The targets of an epoch's windows, sorted, are runs without gaps, full ones inside."""
     length, source = 6, corpus([20, 3, 30, 11])
-    count = batches.rows_per_epoch(source, length)
+    count = windows(source, length)
     made = batches.packed(source, 1, length, seed=2)
     for epoch in range(3):
         rows = taken(made, epoch, count)
@@ -101,7 +111,7 @@ def test_windows_tile_the_text():
 
 def test_epochs_differ_in_order_and_in_offset():
     source, length = corpus([500]), 10
-    count = batches.rows_per_epoch(source, length)
+    count = windows(source, length)
     made = batches.packed(source, count, length, seed=1)
     orders, offsets = set(), set()
     for epoch in range(40):
@@ -117,15 +127,17 @@ def test_epochs_differ_in_order_and_in_offset():
 def test_a_step_is_a_pure_function_of_its_number(kind):
     source, length = corpus([9, 2, 14, 7, 1, 30, 5]), 6
     make = getattr(batches, kind)
-    count = batches.rows_per_epoch(source, length, kind == "packed")
-    one, four, whole = (make(source, b, length, 3) for b in (1, 4, 3 * count))
+    count = windows(source, length) if kind == "packed" else 7
+    # Three epochs of windows at once; a batch of documents has none twice.
+    epochs = 3 if kind == "packed" else 1
+    one, four, whole = (make(source, b, length, 3) for b in (1, 4, epochs * count))
     again = make(source, 4, length, 3)
     for step in (5, 0, 3):  # In any order, from any object.
         for name in ("tokens", "mask"):
             np.testing.assert_array_equal(four(step)[name], again(step)[name])
             wanted = np.concatenate([one(4 * step + i)[name] for i in range(4)])
             np.testing.assert_array_equal(four(step)[name], wanted)
-    wanted = np.concatenate([one(i)["tokens"] for i in range(3 * count)])  # Three epochs.
+    wanted = np.concatenate([one(i)["tokens"] for i in range(epochs * count)])
     np.testing.assert_array_equal(whole(0)["tokens"], wanted)
     assert not np.array_equal(four(0)["tokens"], make(source, 4, length, 4)(0)["tokens"])
 
@@ -201,27 +213,46 @@ def test_validation_of_rows_spends_its_budget_exactly(budget):
         assert (one["tokens"].shape, one["mask"].shape) == ((2, length), (2, length - 1))
 
 
-def test_rows_per_epoch():
-    source = corpus([10, 4, 30])
-    assert batches.rows_per_epoch(source, 6, pack=False) == 3
-    assert batches.rows_per_epoch(source, 43) in (1, 2)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda c: batches.packed(c, 2, 44, 0), "44 tokens, too few for a window of 45"),
-        (lambda c: batches.packed(c, 2, 0, 0), "length of a row is 0"),
-        (lambda c: batches.packed(c, 0, 4, 0), "batch has 0 rows"),
-        (lambda c: batches.packed(c, 2, 4, -1), "seed of the data is -1"),
-        (lambda c: batches.rows(c, 2, 1, 0), "at least one token and one target"),
-        (lambda c: batches.validation(c, 2, 0, 5), "at least one token and one target"),
-        (lambda c: batches.validation(c, 2, 4, -5), "budget is -5"),
+        (
+            lambda c: batches.packed(c, 2, 44, 0),
+            r"data\.length is 44, but must be at most 43 for the 44 tokens of test",
+        ),
+        (lambda c: batches.packed(c, 2, 0, 0), r"data\.length is 0, but must be at least 1"),
+        (
+            lambda c: batches.packed(c, 0, 4, 0),
+            r"config\.batch_size is 0, but must be at least 1",
+        ),
+        (
+            lambda c: batches.packed(c, 2, 4, -1),
+            r"data\.order_seed and config\.seed add up to -1",
+        ),
+        (lambda c: batches.rows(c, 2, 1, 0), r"data\.length is 1, but must be at least 2"),
+        (
+            lambda c: batches.rows(c, 4, 8, 0)(1),
+            r"data\.pack is False, .* 4 documents .* has 3,",
+        ),
+        (
+            lambda c: batches.validation(c, 2, 0, 5),
+            r"data\.length is 0, but must be at least 1",
+        ),
+        (
+            lambda c: batches.validation(c, 2, 1, 5, pack=False),
+            r"data\.length is 1, but must be at least 2",
+        ),
+        (lambda c: batches.validation(c, 0, 4, 5), r"eval\.batch_size is 0"),
+        (lambda c: batches.validation(c, 2, 4, -5), r"eval\.tokens is -5"),
     ],
 )
 def test_bad_input_is_named(call, message):
     with pytest.raises(UserError, match=message):
         call(corpus([10, 4, 30]))
+
+
+def test_few_documents_give_their_shapes():
+    assert batches.rows(corpus([10, 4, 30]), 4, 8, 0)(0)["tokens"].shape == (4, 8)
 
 
 def test_a_token_beyond_the_vocabulary_is_named():

@@ -146,7 +146,7 @@ def test_actions(plain, tmp_path):
     assert said.startswith("```")
     table = made.actions["analyze"](run._replace(input=str(tmp_path / "hf")), tmp_path)
     assert table == made.actions["analyze"](run, tmp_path)
-    assert len(table.splitlines()) == 2 + 7 * c.model.depth
+    assert len(table.splitlines()) == 4 + 7 * c.model.depth
     assert (tmp_path / "modules.png").stat().st_size > 1000
 
 

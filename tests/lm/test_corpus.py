@@ -128,15 +128,24 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
 @pytest.mark.parametrize("text", ["", "\f\f", "a"])
 def test_an_empty_text_is_named(tmp_path, text):
     (tmp_path / "none.txt").write_text(text)
-    with pytest.raises(UserError, match=r"none\.txt is empty"):
+    said = rf"none\.txt has {text.count('a')} tokens, but needs at least 2 tokens"
+    with pytest.raises(UserError, match=said):
         corpus.load(str(tmp_path / "none.txt"))
 
 
 def test_what_is_not_there_is_named(tmp_path):
+    said = r"config\.data\.path is '.*', but must be a token store, a text file, a folder"
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match=said):
+            corpus.load(str(path))
+        with pytest.raises(UserError, match=r"config\.data\.valid is"):
+            corpus.load(str(path), field="data.valid")
     with pytest.raises(UserError, match=r"no text file, folder or token store '.*nowhere'"):
-        corpus.load(str(tmp_path / "nowhere"))
+        corpus.files(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no \.txt files"):
-        corpus.load(str(tmp_path))
+        corpus.files(tmp_path)
+    with pytest.raises(UserError, match=r"config\.data\.tokenizer is 'gpt2', but must be ''"):
+        corpus.load("", "gpt2")
     with pytest.raises(UserError, match="no token store in"):
         corpus.open_store(tmp_path)
 
@@ -167,14 +176,14 @@ def test_the_parts_of_a_split_are_the_whole(novels, holdout, by_document):
 
 @pytest.mark.parametrize("holdout", [0.0, 1.0, -1.0, float("nan")])
 def test_a_share_out_of_range_is_named(novels, holdout):
-    with pytest.raises(UserError, match="held-out share is"):
+    with pytest.raises(UserError, match=r"config\.data\.holdout is"):
         corpus.split(corpus.load(str(novels)), holdout)
 
 
 def test_a_text_that_cannot_be_split_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("abcdef")
     whole = corpus.load(str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match="too few to hold out"):
+    with pytest.raises(UserError, match=r"data\.holdout is 0\.01, .* 2 of the 6 tokens"):
         corpus.split(whole, 0.01)
     with pytest.raises(UserError, match="one document"):
         corpus.split(whole, 0.5, by_document=True)
@@ -420,7 +429,7 @@ def test_a_store_knows_its_tokenizer(novels, tmp_path):
     found = corpus.load(str(moved), str(moved / "tokenizer.json"))
     text = tokenizers.tokenizer(found.tokenizer).decode(found.tokens)
     assert text.startswith((novels / "a.txt").read_text().partition("\f")[0])
-    with pytest.raises(UserError, match="made with another tokenizer"):
+    with pytest.raises(UserError, match=r"data\.tokenizer is 'bytes', .* was made with"):
         corpus.load(str(moved), "bytes")
 
 
@@ -442,6 +451,8 @@ DAMAGE = {
     ),
     "list": (lambda f: (f / "meta.json").write_text("[]"), r"meta\.json is damaged"),
     "no count": (lambda f: set_meta(f, tokens=None), r"meta\.json is damaged: tokens is"),
+    "pad": (lambda f: set_meta(f, pad=256), r"pad is 256, but must be from -1 \(none\) to 255"),
+    "eos": (lambda f: set_meta(f, eos=-2), r"meta\.json is damaged: eos is -2"),
     "version": (lambda f: set_meta(f, version=9), "format version 9, but must have 1"),
     "short": (
         lambda f: os.truncate(f / "tokens.bin", 7),
@@ -506,5 +517,5 @@ def test_a_head_is_a_prefix_with_its_documents(tmp_path, tokens):
     assert list(part.offsets) == [o for o in whole.offsets if o < tokens] + [tokens]
     assert corpus.head(whole, 0) is whole
     for wrong in (-1, 1):
-        with pytest.raises(UserError, match="cannot be cut"):
+        with pytest.raises(UserError, match=rf"data\.limit is {wrong}, but must be 0"):
             corpus.head(whole, wrong)

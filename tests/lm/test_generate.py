@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from lm.generate import generate, restrict
+from lm.generate import generate, restrict, sliding
 from lm.transformer import transformer
 
 MODEL = transformer(vocab=11, dim=16, mlp=24, heads=2, depth=2, init_std=0.5)
@@ -120,16 +120,85 @@ def test_equals_do_not_enlarge_the_support():
     np.testing.assert_array_equal(np.flatnonzero(np.isfinite(half)), range(2))
 
 
+def test_tokens_beyond_the_vocabulary_are_never_drawn():
+    many = jnp.tile(PROMPT[:1], (500, 1))
+    draw = lambda **s: np.asarray(generate(MODEL, PARAMS, jax.random.key(0), many, 4, **s))[
+        :, 3:
+    ]
+    assert draw().max() == 10
+    assert set(np.unique(draw(vocab=5))) == set(range(5))
+    assert draw(vocab=3, top_k=4, top_p=0.99).max() == 2
+    np.testing.assert_array_equal(draw(vocab=11), draw())
+    rows, best = np.asarray(PROMPT), logits_after(PROMPT)[:, :4].argmax(axis=1)
+    found = generate(MODEL, PARAMS, jax.random.key(0), PROMPT, 1, temperature=0.0, vocab=4)
+    np.testing.assert_array_equal(found, np.column_stack([rows, best]))
+
+
+@pytest.mark.parametrize(("context", "steps"), [(1, 3), (2, 5), (5, 0), (5, 9), (20, 9)])
+def test_a_sliding_window_is_generated_window_by_window(context, steps):
+    row, seen, key = np.asarray(PROMPT), [], jax.random.key(3)
+
+    def extend(params, cache, tokens, positions):
+        jax.debug.callback(lambda p: seen.append(int(p.max())), positions)
+        return MODEL.extend(params, cache, tokens, positions)
+
+    spied = MODEL._replace(extend=extend)
+    found = sliding(spied, PARAMS, key, row, steps, context, temperature=0.9)
+    jax.effects_barrier()
+    key = jax.random.key(3)
+    assert max(seen, default=0) < context
+    window = row[:, -context:]
+    while row.shape[1] < 3 + steps:
+        key, this = jax.random.split(key)
+        new = min(steps, context + 1 - window.shape[1])
+        made = generate(MODEL, PARAMS, this, jnp.asarray(window), new, 0.9)
+        row = np.concatenate([row, np.asarray(made)[:, window.shape[1] :]], axis=1)
+        window = row[:, -max(1, context // 2) :]
+    np.testing.assert_array_equal(found, row[:, : 3 + steps])
+
+
+def test_windows_after_the_first_are_of_one_shape():
+    shapes = set()
+
+    def start(batch, length):
+        shapes.add((batch, length))
+        return MODEL.start(batch, length)
+
+    made = sliding(
+        MODEL._replace(start=start), PARAMS, jax.random.key(0), np.asarray(PROMPT), 40, 6
+    )
+    assert made.shape == (2, 43)
+    assert shapes == {(2, 6)}
+
+
+def test_a_row_that_has_stopped_stays_so_in_later_windows():
+    rows = np.tile(np.asarray(PROMPT), (3, 1))
+    whole = sliding(MODEL, PARAMS, jax.random.key(0), rows, 30, 6)
+    for stop in (int(whole[0, 5]), int(whole[1, 20])):
+        found = sliding(MODEL, PARAMS, jax.random.key(0), rows, 30, 6, stop=stop)
+        assert found.shape == whole.shape
+        for there, row in zip(found, whole, strict=True):
+            hits = np.flatnonzero(row[3:] == stop)
+            end = 3 + (hits[0] if len(hits) else 30)
+            np.testing.assert_array_equal(there[:end], row[:end])
+            np.testing.assert_array_equal(there[end:], stop)
+
+
+def test_a_setting_out_of_range_is_refused_in_any_window():
+    with pytest.raises(UserError, match=r"config\.sample\.steps is -1"):
+        sliding(MODEL, PARAMS, jax.random.key(0), np.asarray(PROMPT), -1, 6)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (dict(steps=-1), "config.generate.steps is -1"),
-        (dict(temperature=-0.5), "config.generate.temperature is -0.5"),
-        (dict(temperature=float("nan")), "config.generate.temperature is nan"),
-        (dict(top_k=-1), "config.generate.top_k is -1"),
-        (dict(top_p=0.0), "config.generate.top_p is 0.0, but must be above 0 and at most 1"),
-        (dict(top_p=1.5), "config.generate.top_p is 1.5"),
-        (dict(prompt=PROMPT[:, :0]), "config.generate.prompt is 0"),
+        (dict(steps=-1), "config.sample.steps is -1"),
+        (dict(temperature=-0.5), "config.sample.temperature is -0.5"),
+        (dict(temperature=float("nan")), "config.sample.temperature is nan"),
+        (dict(top_k=-1), "config.sample.top_k is -1"),
+        (dict(top_p=0.0), "config.sample.top_p is 0.0, but must be above 0 and at most 1"),
+        (dict(top_p=1.5), "config.sample.top_p is 1.5"),
+        (dict(prompt=PROMPT[:, :0]), "The prompt has 0 tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(settings, sentence):

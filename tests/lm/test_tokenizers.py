@@ -54,6 +54,40 @@ def test_bpe_of_text(bpe):
     assert (between.tolist(), after.tolist()) == ([], [1])
 
 
+def test_numbers_that_are_no_tokens_are_left_out(bpe):
+    for name in ("bytes", str(bpe)):
+        kind = tokenizers.tokenizer(name)
+        ids = kind.encode(TEXT).tolist()
+        assert kind.decode([-1, kind.vocab_size, *ids, 511, 10**6]) == TEXT
+
+
+def test_control_tokens_are_spelt_as_in_the_file(bpe):
+    assert tokenizers.control(bpe, 0, 1) == {"pad_token": "<pad>", "eos_token": "</s>"}
+    assert tokenizers.control(bpe, -1, 1) == {"eos_token": "</s>"}
+
+
+def test_padding_beyond_the_vocabulary_is_refused(bpe, tmp_path):
+    fields = json.loads(bpe.read_text())
+    fields["padding"] = dict(
+        strategy="BatchLongest",
+        direction="Right",
+        pad_to_multiple_of=None,
+        pad_id=9999,
+        pad_type_id=0,
+        pad_token="x",
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"pads with the token 9999, but must with one from 0"):
+        tokenizers.tokenizer(str(tmp_path))
+
+
+def test_a_name_exists_or_not(bpe, tmp_path):
+    assert tokenizers.exists("bytes")
+    assert tokenizers.exists(str(bpe))
+    assert not tokenizers.exists("gpt2")
+    assert not tokenizers.exists(str(tmp_path / "none.json"))
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_bpe_never_lacks_a_letter_and_text_makes_no_control_token(bpe, seed):
     rng = np.random.default_rng(seed)
@@ -119,6 +153,7 @@ def test_sentencepiece_of_text(tmp_path):
     for got, text in zip(kind.encode_all([lines[1], ""]), (lines[1], ""), strict=True):
         np.testing.assert_array_equal(got, kind.encode(text))
     assert not np.isin(kind.encode("</s> <pad>"), [0, 1]).any()
+    assert kind.decode([*ids, 200, 10**6, -1]) == lines[0]
 
 
 def test_the_digest_is_of_the_contents(bpe, tmp_path):
