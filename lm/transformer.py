@@ -119,13 +119,11 @@ def transformer(
       norm_eps: added to the mean square in RMSNorm.
       init_std: all matrices and the embedding start as normal(0, init_std).
       remat: keep only each block's input for the gradient, compute the rest again.
-      unroll: layers in one turn of the scan. All of them is up to twice as fast for a small
-        model on a CPU, but takes longer to compile.
+      unroll: layers in one turn of the scan; all is faster for a small model on a CPU.
       dtype: of the products and the residual stream. float32 and float64 mean just that,
         on any device; bfloat16 is the fast one. Parameters, norms, softmax and logits are
         float32 in any case, and float64 with it (which needs JAX's x64).
-      attention: xla; cudnn (flash attention of NVIDIA, bfloat16 only); auto: cudnn where
-        the process has a GPU and the shapes allow it.
+      attention: xla; cudnn (flash attention, bfloat16 only); auto: cudnn where it can be.
       tie: the head is the embedding, transposed; `head` is absent.
       causal: a token sees no later ones; False: all (for masked diffusion; no cache).
 
@@ -178,9 +176,8 @@ def rules(fsdp: bool) -> tuple[tuple[str, P], ...]:
     """Placements for `Experiment.rules`: tensor parallel over "model", and with `fsdp` the
     other axis of every matrix over "data".
 
-    A product's first matrix is split by columns and its second by rows, so a block needs
-    two sums over "model" and nothing else. heads, kv_heads, mlp and vocab must be divisible
-    by "model", dim by "data" (mlp = 5461 of the 1B model is not: it takes fsdp alone).
+    First matrices are split by columns, second ones by rows: two sums over "model" a block.
+    "model" must divide heads, kv_heads, mlp and vocab, "data" dim (5461 of 1B: fsdp alone).
     """
     data = "data" if fsdp else None
     return (

@@ -25,12 +25,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from common.errors import reject
 from optim import assignment as assign
-from optim import exponents, scores, spectra
-from optim.modules import NO_PARAMS, Leaf, dotted, select, spread
-
-CORRECTIONS = ("none", "mp", "subsample")
+from optim import exponents, scores
+from optim.modules import NO_PARAMS, Leaf, absent, dotted, select, spread
+from optim.settings import Settings, checked, require, settings
+from optim.weight_decay import check, is_zero
 
 
 class AlphaDecayState(NamedTuple):
@@ -44,31 +43,8 @@ class AlphaDecayState(NamedTuple):
     ratio: dict[str, Float[Array, "..."]]
 
 
-class _Settings(NamedTuple):
-    modules: Any
-    s1: float = 0.67
-    s2: float = 3.0
-    every: int = 500
-    offset: int = 0
-    decay_rest: Any = "base"
-    min_eigs: int = 50
-    exclude: tuple[str, ...] = ()
-    fit: str = "median"
-    tail: float = 0.5
-    reference: str = "mle"
-    assignment: str = "linear"
-    score: str = "alpha"
-    method: str = "auto"
-    refresh: str = "inline"
-    quantiles: tuple[float, float] = (0.0, 1.0)
-    normalize_mean: bool = False
-    ema: float = 0.0
-    shape_correction: str = "none"
-    slip: bool = False
-
-
 # What `optax.inject_hyperparams(alphadecay, static_args=STATIC)` must leave as it is.
-STATIC = _Settings._fields
+STATIC = Settings._fields
 
 
 def alphadecay(
@@ -99,8 +75,9 @@ def alphadecay(
 
     Args:
       weight_decay: eta, a number or a schedule of the step; ratios multiply it.
-      modules: which leaves hold modules: (dotted path, leaf) -> `modules.Dims` or None, or
-        a tree like the parameters of such. `optax.contrib.MuonDimensionNumbers` will do.
+      modules: which leaves hold modules: (dotted path, leaf) -> `modules.Dims`, True (a
+        matrix), False or None, or a tree like the parameters of such.
+        `optax.contrib.MuonDimensionNumbers` will do.
       s1, s2: ratios of the heaviest and of the lightest tail, 0 <= s1 <= s2.
       every, offset: refreshes at step 0 and where (step + offset) % every == 0; the paper
         has offset 0, its release 1.
@@ -114,13 +91,15 @@ def alphadecay(
       assignment: "linear", "sqrt", "log2", "sigmoid" or "uniform".
       score: "alpha"; "grad_norm", "frobenius", "spectral", "stable_rank", "alpha_hat" are
         ablations. grad_norm reads the extra argument `gradient` of `update`, or else the
-        updates, which are the raw gradient only where this comes first in the chain.
+        updates. Unless this is first in the chain `gradient` must be passed, by
+        `weight_decay.with_gradient`: the updates would be Adam's output.
       method: of `spectra.esd`.
       refresh: "inline", in the step, under a `lax.cond`; "external", the loop calls
         `refresher` every so often. A vmapped step would refresh at every step inline, and
         under `optax.MultiSteps` a refresh that is due is done in each mini-step.
       quantiles: of the scores that stand for the extremes; outliers are clipped.
-      normalize_mean: rescale so that the mean over all selected parameters is 1.
+      normalize_mean: rescale the ratios that are assigned so that the mean over all
+        selected parameters is 1.
       ema: how much of the old scores stays at each refresh.
       shape_correction: "mp" subtracts what a random matrix of the same shape has;
         "subsample" fits pooled square windows (arXiv:2506.06280).
@@ -131,23 +110,23 @@ def alphadecay(
       ValueError: `update` without parameters (Optax's own), or a state of other modules.
     """
     given = locals()
-    s = checked(_Settings(**{name: given[name] for name in _Settings._fields}))
-    if not callable(weight_decay) and isinstance(weight_decay, int | float):
-        _require("weight_decay", weight_decay, 0 <= weight_decay < np.inf, "finite, 0 or more")
+    s = checked(Settings(**{name: given[name] for name in Settings._fields}))
+    if not callable(weight_decay):
+        check("weight_decay", weight_decay)
 
     def init(params):
-        leaves, _ = _leaves(s, params)
+        leaves, _ = chosen(s, params)
         one = lambda value: {a.name: jnp.full(a.modules, value, a.dtype) for a in leaves}
         return AlphaDecayState(jnp.zeros((), jnp.int32), one(jnp.nan), one(1.0))
 
     def update(updates, state, params=None, *, gradient=None, **extra):
         if params is None:
             raise ValueError(NO_PARAMS)
-        leaves, small = _leaves(s, params)
+        leaves, small = chosen(s, params)
         _same_modules(leaves, state)
         count, alpha, ratio = state
-        if s.refresh == "inline" and not _is_zero(weight_decay):
-            due = (count == 0) | ((count + s.offset) % s.every == 0)
+        if s.refresh == "inline" and not is_zero(weight_decay):
+            due = (count == 0) | ((count + s.offset % s.every) % s.every == 0)
             seen = updates if gradient is None else gradient
             alpha, ratio = jax.lax.cond(
                 due,
@@ -155,30 +134,34 @@ def alphadecay(
                 lambda: (alpha, ratio),
             )
         base = weight_decay(count) if callable(weight_decay) else weight_decay
-        if not _is_zero(weight_decay):
-            rest = lambda path: path in small or _rest(s.decay_rest, path)
-            updates = decayed(updates, params, base, leaves, ratio, rest)
+        if not is_zero(weight_decay):
+            updates = decayed(updates, params, base, leaves, ratio, rest_of(s, small))
         return updates, AlphaDecayState(optax.safe_increment(count), alpha, ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def refresher(*, modules: Any, **settings) -> Callable[[Any, Any], Any]:
+def refresher(*, modules: Any, **given) -> Callable[[Any, Any], Any]:
     """(optimizer state, parameters) -> the state with fresh exponents and ratios.
 
     For `refresh="external"`, with the settings of `alphadecay`. Jit it apart from the step;
     the loop calls it before step 0 and then every `every` steps.
+
+    Raises:
+      UserError: a setting is unknown or out of range, or the score needs gradients.
+      ValueError: `refresh` of a state of other modules.
     """
-    s = checked(_Settings(modules, **settings))
-    _require("score", s.score, s.score != "grad_norm", "computed from parameters alone")
+    s = settings(modules, **given)
+    require("score", s.score, s.score != "grad_norm", "computed from parameters alone")
 
     def refresh(opt_state, params):
-        leaves, _ = _leaves(s, params)
+        leaves, _ = chosen(s, params)
 
         def one(state):
             if not isinstance(state, AlphaDecayState):
                 return state
-            found = _refreshed(s, leaves, params, params, *state)
+            _same_modules(leaves, state)
+            found = _refreshed(s, leaves, params, None, *state)
             return AlphaDecayState(state.count, *found)
 
         is_ours = lambda x: isinstance(x, AlphaDecayState)
@@ -194,8 +177,15 @@ def diagnostics(
 
     Keys are alpha_TYPE, alpha_min_TYPE, ..., ratio_TYPE; types are the last name of a path
     that says something. Modules without an exponent do not count; alpha is 0 where a type
-    has none.
+    has none. Leaves that the state does not know, being too small, are passed over.
+
+    Raises:
+      ValueError: the state knows none of the leaves.
     """
+    known = [leaf for leaf in leaves if leaf.name in state.ratio]
+    if not known:
+        _same_modules(leaves, state)
+    leaves = known
     kinds: dict[str, list[str]] = {}
     for leaf in leaves:
         kinds.setdefault(leaf.kind, []).append(leaf.name)
@@ -213,7 +203,7 @@ def diagnostics(
     sizes = _sizes(leaves)
     found["ratio_mean"] = jnp.sum(sizes * _flat(leaves, state.ratio)) / sizes.sum()
     last = state.count - 1  # The step that this is the state after.
-    found["since_refresh"] = jnp.minimum((last + offset) % every, last)
+    found["since_refresh"] = jnp.minimum((last + offset % every) % every, last)
     return found
 
 
@@ -228,7 +218,7 @@ def decayed(
 
     def one(path, p, u):
         name = dotted(path)
-        if u is None or not jnp.issubdtype(p.dtype, jnp.inexact):
+        if absent(p) or absent(u) or not jnp.issubdtype(p.dtype, jnp.inexact):
             return u
         if name in by_name:
             factor = base * spread(by_name[name], ratio[name])
@@ -239,23 +229,27 @@ def decayed(
         # In the type of the parameter, as Optax does it: ratios of 1 change no bit.
         return (u + jnp.asarray(factor).astype(p.dtype) * p).astype(u.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, params, updates)
+    return jax.tree_util.tree_map_with_path(one, params, updates, is_leaf=absent)
 
 
 def _refreshed(s, leaves, params, gradients, count, alpha, ratio):
-    every, raw = jax.tree.leaves(params), jax.tree.leaves(gradients)
+    every = jax.tree.leaves(params)
     weights = [jnp.asarray(every[leaf.index]) for leaf in leaves]
-    fitted = scores.of_modules(s, leaves, weights, [raw[leaf.index] for leaf in leaves])
+    raw, read = weights, weights
+    if s.score == "grad_norm":
+        raw, there = _gradients(leaves, weights, params, gradients)
+        read = weights + there
+    fitted = scores.of_modules(s, leaves, weights, raw)
     fresh = {a.name: v for a, v in zip(leaves, fitted, strict=True)}
-    # Weights that are not numbers: whatever is decided about them is not decided here.
-    sane = jnp.all(jnp.stack([jnp.isfinite(w).all() for w in weights]))
+    # What is read is not all numbers: whatever is decided about that is not decided here.
+    sane = jnp.all(jnp.stack([jnp.isfinite(w).all() for w in read]))
     old, new = _flat(leaves, alpha), _flat(leaves, fresh)
     smooth = s.ema * old + (1 - s.ema) * new
     new = jnp.where(jnp.isfinite(old) & jnp.isfinite(new) & (count > 0), smooth, new)
-    left_out = _excluded(s, leaves)
+    judged = jnp.where(_excluded(s, leaves), jnp.nan, new)
     layer, layers = _layers(leaves)
     given = assign.assign_decay(
-        jnp.where(left_out, jnp.nan, new),
+        judged,
         s.assignment,
         s.s1,
         s.s2,
@@ -264,50 +258,83 @@ def _refreshed(s, leaves, params, gradients, count, alpha, ratio):
         layers=layers,
     )
     if s.normalize_mean:
-        sizes = _sizes(leaves)
-        given = given * sizes.sum() / jnp.sum(sizes * given)
+        # The others are at 1 already. Ratios that are all 0 have the limit of equal ones.
+        there = jnp.isfinite(judged)
+        sizes = jnp.where(there, _sizes(leaves), 0)
+        total = jnp.sum(sizes * given)
+        scaled = given * sizes.sum() / jnp.where(total > 0, total, 1)
+        given = jnp.where(there & (total > 0), scaled, 1)
     keep = lambda fresh, old: jnp.where(sane, fresh, old)
     found = (keep(new, old), keep(given, _flat(leaves, ratio)))
     return tuple(_unflat(leaves, v) for v in found)
 
 
-def _leaves(s, params) -> tuple[list[Leaf], set[str]]:
+def _gradients(leaves, weights, params, gradients) -> tuple[list, list]:
+    """Gradients of the leaves, NaN for one that is not there; and those that are there."""
+    flat, tree = jax.tree.flatten(params, is_leaf=absent)
+    beside = tree.flatten_up_to(gradients)
+    every = [g for p, g in zip(flat, beside, strict=True) if not absent(p)]
+    found = [every[leaf.index] for leaf in leaves]
+    there = [jnp.asarray(g) for g in found if not absent(g)]
+    fill = lambda g, w: jnp.full_like(w, jnp.nan) if absent(g) else jnp.asarray(g)
+    return [fill(g, w) for g, w in zip(found, weights, strict=True)], there
+
+
+def chosen(s: Settings, params: Any) -> tuple[list[Leaf], set[str]]:
     """The selected leaves that are large enough, and the names of those that are not."""
-    found = select(params, s.modules)
-    if s.score == "grad_norm":
-        return found, set()
-    large = [leaf for leaf in found if leaf.rank >= s.min_eigs]
-    if not large:
-        ranks = sorted({leaf.rank for leaf in found})
-        allowed = f"at most {ranks[-1]}, the most eigenvalues that a module has"
-        raise reject("optim.min_eigs", s.min_eigs, allowed)
-    least = min(leaf.rank for leaf in large)
-    if exponents.tail_start(least, s.tail) < 1:
-        allowed = f"at most {1 - 1 / least:.4g}, for a value of {least} to lie below the tail"
-        raise reject("optim.tail", s.tail, allowed)
+    large = found = select(params, s.modules)
+    if s.score != "grad_norm":
+        large = [leaf for leaf in found if leaf.rank >= s.min_eigs]
+        most = max(leaf.rank for leaf in found)
+        allowed = f"at most {most}, the most eigenvalues that a module has"
+        require("min_eigs", s.min_eigs, large, allowed)
+        _check_tail(s, min(leaf.rank for leaf in large))
+    _excluded(s, large)
     return large, {leaf.name for leaf in found} - {leaf.name for leaf in large}
+
+
+def _check_tail(s, least):
+    """A tail of one value has no exponent; `scores` reads the value below a tail as well."""
+    if s.fit != "median" or s.score in ("frobenius", "stable_rank"):
+        return
+    start = exponents.tail_start(least, s.tail)
+    allowed = f"above {1 / least:.4g}, for two values of {least} to lie in the tail"
+    require("tail", s.tail, start <= least - 2, allowed)
+    allowed = f"at most {1 - 1 / least:.4g}, for a value of {least} to lie below the tail"
+    require("tail", s.tail, start >= 1, allowed)
+
+
+def rest_of(s: Settings, small: set[str]) -> Callable[[str], bool]:
+    """Whether a leaf that has no ratios decays at the base; modules too small always do."""
+    return lambda path: path in small or _rest(s.decay_rest, path)
 
 
 def _excluded(s, leaves):
     names = [name for leaf in leaves for name in leaf.names()]
     for name in s.exclude:
-        if name not in names:
-            raise reject("optim.exclude", name, f"module names such as {names[0]}")
+        require("exclude", name, name in names, f"module names such as {names[0]}")
     return np.array([name in s.exclude for name in names])
 
 
 def _layers(leaves) -> tuple[np.ndarray, int]:
-    """The layer of every module: the number in its path, or its first batch index."""
+    """The layer of every module: its first batch index, or else the number in its path.
+
+    Such a number is a part of the path by itself, `layers.3.q`, or ends one after a line,
+    `block_3.q`. Modules without one, say a head, are a layer together.
+    """
     found = []
     for leaf in leaves:
-        number = re.search(r"\d+", leaf.name)
-        inside = np.zeros(leaf.modules, int)
+        inside = np.full(leaf.modules, _number(leaf.name))
         if leaf.batch:
             inside = np.indices(leaf.modules)[0]
-        inside = inside.ravel()
-        found.append(np.full(inside.size, int(number[0])) if number else inside)
+        found.append(inside.ravel())
     _, layer = np.unique(np.concatenate(found), return_inverse=True)
     return layer, int(layer.max()) + 1
+
+
+def _number(name: str) -> int:
+    numbers = (re.fullmatch(r"(?:.*_)?(\d+)", part) for part in name.split("."))
+    return next((int(found[1]) for found in numbers if found), -1)
 
 
 def _sizes(leaves):
@@ -338,46 +365,3 @@ def _same_modules(leaves, state):
 
 def _rest(rest, path):
     return rest(path) if callable(rest) else rest == "base"
-
-
-def _is_zero(weight_decay) -> bool:
-    return isinstance(weight_decay, int | float) and weight_decay == 0
-
-
-def checked(s: _Settings) -> _Settings:
-    """The settings, if all are in range."""
-    _require("s1", s.s1, 0 <= s.s1 < np.inf, "a finite number from 0 up")
-    _require("s2", s.s2, s.s1 <= s.s2 < np.inf, f"finite and at least s1 = {s.s1}")
-    for name, least in (("every", 1), ("offset", 0), ("min_eigs", 3)):
-        value = getattr(s, name)
-        whole = isinstance(value, int | np.integer) and value >= least
-        _require(name, value, whole, f"a whole number from {least} up")
-    _require("tail", s.tail, 0 < s.tail < 1, "between 0 and 1")
-    _require("ema", s.ema, 0 <= s.ema < 1, "at least 0 and below 1")
-    low, high = s.quantiles
-    _require("quantiles", s.quantiles, 0 <= low < high <= 1, "ascending, from 0 to 1")
-    choices = dict(
-        fit=exponents.FITS,
-        reference=("mle", "hill"),
-        assignment=assign.ASSIGNMENTS,
-        score=scores.SCORES,
-        method=spectra.METHODS,
-        refresh=("inline", "external"),
-        shape_correction=CORRECTIONS,
-    )
-    for name, known in choices.items():
-        value = getattr(s, name)
-        _require(name, value, value in known, f"one of {', '.join(known)}")
-    ratios = s.assignment in ("sqrt", "log2")
-    positive = s.shape_correction != "mp" or not ratios
-    _require("shape_correction", s.shape_correction, positive, "none with sqrt and log2")
-    above_one = s.assignment != "log2" or s.score in ("alpha", "stable_rank")
-    _require("assignment", s.assignment, above_one, "log2 for alpha and stable_rank alone")
-    known = callable(s.decay_rest) or s.decay_rest in ("base", "none")
-    _require("decay_rest", s.decay_rest, known, "base, none, or a function of the path")
-    return s
-
-
-def _require(name, value, holds, allowed):
-    if not holds:
-        raise reject(f"optim.{name}", value, allowed)

@@ -4,11 +4,18 @@ All modules of the network stand in one vector. A ratio multiplies the base deca
 without a score (NaN: no spectrum to speak of) take ratio 1 and do not take part.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from common.errors import reject
+from optim.weight_decay import check
+
 ASSIGNMENTS = ("linear", "sqrt", "log2", "sigmoid", "uniform")
 STEEP = 4.0  # beta of the sigmoid.
+ROUNDING = 8.0  # In units of eps: numbers that differ by no more are equal.
 
 
 def assign_decay(
@@ -36,8 +43,16 @@ def assign_decay(
       layer, layers: which layer a module is of, and how many there are; for sigmoid.
 
     Returns:
-      ratios; 1 for all where the scores are equal, 1 for a module without a score.
+      ratios; 1 for all where the scores are equal, 1 for a module without a score. One that
+      is not finite, or of which sqrt or log2 is not, counts as none.
+
+    Raises:
+      UserError: the assignment is unknown, or not 0 <= s1 <= s2.
     """
+    if assignment not in ASSIGNMENTS:
+        allowed = f"one of {', '.join(ASSIGNMENTS)}"
+        raise reject("optim.alphadecay.assignment", assignment, allowed)
+    check_ends(s1, s2)
     there = jnp.isfinite(score)
     if assignment == "linear":
         low, high = _ends(score, there, quantiles)
@@ -45,9 +60,15 @@ def assign_decay(
         place = jnp.clip((score - low) / jnp.where(width > 0, width, 1), 0, 1)
         ratio = jnp.where(width > 0, place * (s2 - s1) + s1, 1)
     elif assignment in ("sqrt", "log2"):
-        value = jnp.sqrt(score) if assignment == "sqrt" else jnp.log2(score)
+        if assignment == "sqrt":
+            value, least = jnp.sqrt(score), 0.0
+        else:  # Logarithms of scores that are 1 up to rounding are rounding.
+            value, least = jnp.log2(score), ROUNDING * jnp.finfo(score.dtype).eps
+        there = jnp.isfinite(value)
         mean = jnp.sum(jnp.where(there, value, 0)) / jnp.maximum(jnp.sum(there), 1)
-        ratio = value / jnp.where(mean == 0, 1, mean)
+        usable = jnp.isfinite(mean) & (jnp.abs(mean) > least)
+        ratio = jnp.where(usable, value / jnp.where(usable, mean, 1), 1)
+        ratio = jnp.maximum(ratio, 0)  # Scores on both sides of 1: decay never grows weights.
     elif assignment == "sigmoid":
         layer = jnp.zeros(len(score), jnp.int32) if layer is None else layer
         ratio = 2 / (1 + jnp.exp(-STEEP * _standard(score, there, layer, layers)))
@@ -67,9 +88,25 @@ def _ends(score, there, quantiles):
 
 
 def _standard(score, there, layer, layers):
-    """(score - mean)/(std + 1e-8) over the modules of the same layer, population std."""
+    """(score - mean)/(std + 1e-8) over the modules of the same layer, population std.
+
+    0 where the scores of a layer are equal: their deviation is rounding and not always 0.
+    """
     add = lambda x: jnp.zeros(layers, score.dtype).at[layer].add(jnp.where(there, x, 0))
+    low = jnp.full(layers, jnp.inf, score.dtype).at[layer].min(jnp.where(there, score, jnp.inf))
+    high = jnp.full_like(low, -jnp.inf).at[layer].max(jnp.where(there, score, -jnp.inf))
+    size = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    varied = high - low > ROUNDING * jnp.finfo(score.dtype).eps * size
     count = jnp.maximum(add(jnp.ones_like(score)), 1)
     mean = add(score) / count
     deviation = jnp.sqrt(add((score - mean[layer]) ** 2) / count)
-    return (score - mean[layer]) / (deviation[layer] + 1e-8)
+    z = (score - mean[layer]) / (deviation[layer] + 1e-8)
+    return jnp.where(varied[layer], z, 0)
+
+
+def check_ends(s1: Any, s2: Any) -> None:
+    """Rejects ratios other than 0 <= s1 <= s2. Arrays are known only later."""
+    check("alphadecay.s1", s1)
+    check("alphadecay.s2", s2)
+    if not isinstance(s1, jax.Array) and not isinstance(s2, jax.Array) and s1 > s2:
+        raise reject("optim.alphadecay.s2", s2, f"finite and at least s1 = {s1}")

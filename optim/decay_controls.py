@@ -4,13 +4,13 @@ The AlphaDecay paper (arXiv:2506.14562) compares with rules that look at gradien
 (`weight_decay`), but not with these, which tell whether it matters that the ratios follow
 the spectrum, or only that they differ or that their mean is above 1:
 
+    uniform_modules one constant ratio for all modules, such as the mean of a run
     fixed_ratios    constant ratios per module, such as the time means of a run
     static_by_type  constant ratios per type of module
     shuffled        AlphaDecay's ratios at every time, on modules they do not belong to
 
 Like `alphadecay` they add decay * w to the updates, so that their place in a chain decides
-the coupling, and treat what is no module as `decay_rest` says. The fourth control, uniform
-decay of equal mean, is `optax.add_decayed_weights`.
+the coupling, and treat what is no module as `decay_rest` says.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,9 +23,24 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from common.errors import reject
-from optim.alphadecay import alphadecay, decayed
+from optim.alphadecay import alphadecay, chosen, decayed, rest_of
 from optim.modules import NO_PARAMS, Leaf, select
+from optim.settings import check_rest, settings
 from optim.weight_decay import Transformation, check, is_zero
+
+
+def uniform_modules(
+    weight_decay: ArrayLike, ratio: float, *, modules: Any, decay_rest: Any = "base"
+) -> Transformation:
+    """One ratio for all modules: AlphaDecay's mean decay and nothing else of it.
+
+        updates + weight_decay ratio w   for every module
+
+    Args:
+      ratio: such as the mean over time and parameters of an AlphaDecay run.
+      modules, decay_rest: as in `alphadecay`.
+    """
+    return _constant(weight_decay, {"all": ratio}, modules, decay_rest, lambda leaf: "all")
 
 
 def fixed_ratios(
@@ -41,8 +56,9 @@ def fixed_ratios(
 
     Args:
       ratios: dotted path of a leaf -> one number, or an array with one number per module of
-        the leaf, shaped as in `AlphaDecayState.ratio`. A leaf without ratios is of the rest,
-        as one with too few eigenvalues is in AlphaDecay.
+        the leaf, shaped as in `AlphaDecayState.ratio`. A leaf without ratios is of the rest;
+        one with too few eigenvalues keeps eta in AlphaDecay whatever `decay_rest` is, so
+        with "none" give it the ratio 1.
       modules, decay_rest: as in `alphadecay`.
     """
     return _constant(weight_decay, ratios, modules, decay_rest, lambda leaf: leaf.name)
@@ -64,7 +80,7 @@ def static_by_type(
 
 
 def shuffled(
-    weight_decay: ArrayLike | optax.Schedule, seed: int, *, modules: Any, **settings
+    weight_decay: ArrayLike | optax.Schedule, seed: int, *, modules: Any, **given
 ) -> Transformation:
     """AlphaDecay with its ratios permuted among all modules of the network.
 
@@ -76,10 +92,10 @@ def shuffled(
     `permuted` gives what is applied.
 
     Args:
-      settings: of `alphadecay`.
+      given: settings of `alphadecay`.
     """
-    inner = alphadecay(weight_decay, modules=modules, **settings)
-    rest = settings.get("decay_rest", "base")
+    s = settings(modules, **given)
+    inner = alphadecay(weight_decay, **s._asdict())
 
     def update(updates, state, params=None, **extra):
         count = state.count
@@ -87,9 +103,9 @@ def shuffled(
         if is_zero(weight_decay):
             return updates, state
         base = weight_decay(count) if callable(weight_decay) else weight_decay
-        leaves = [leaf for leaf in select(params, modules) if leaf.name in state.ratio]
+        leaves, small = chosen(s, params)
         ratio = _as_wide(leaves, permuted(leaves, state.ratio, seed))
-        return decayed(updates, params, base, leaves, ratio, rest), state
+        return decayed(updates, params, base, leaves, ratio, rest_of(s, small)), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -105,9 +121,7 @@ def permuted(leaves: list[Leaf], ratio: Mapping[str, Any], seed: int) -> dict[st
 
 def _constant(weight_decay, ratios, modules, decay_rest, name: Callable[[Leaf], str]):
     check("weight_decay", weight_decay)
-    if not callable(decay_rest) and decay_rest not in ("base", "none"):
-        allowed = "base, none, or a function of the path"
-        raise reject("optim.decay_rest", decay_rest, allowed)
+    check_rest(decay_rest)
     ratios = {key: np.asarray(value, np.float64) for key, value in ratios.items()}
     for key, value in ratios.items():
         if not np.all((value >= 0) & (value < np.inf)):

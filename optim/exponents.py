@@ -16,14 +16,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from common.errors import reject
+
 SPREAD = 1e-4  # Mean logarithm below which a tail is constant up to rounding.
 BINS = 100  # Of fix_finger's histogram.
 FITS = ("median", "goodness_of_fit", "fix_finger")
+REFERENCES = ("mle", "hill")
 
 
 def tail_start(r: int, tail: float = 0.5) -> int:
-    """Index of the smallest of r ascending eigenvalues in the tail: floor(r (1 - tail))."""
-    return int(r * (1 - tail) + 1e-9)
+    """Index of the smallest of r ascending eigenvalues in the tail: floor(r (1 - tail)).
+
+    Raises:
+      UserError: `tail` is not between 0 and 1.
+    """
+    _require_share(tail)
+    return min(int(r * (1 - tail) + 1e-9), r - 1)
+
+
+def _require_share(tail):
+    if not 0 < tail < 1:
+        raise reject("optim.alphadecay.tail", tail, "between 0 and 1")
 
 
 def hill_alpha(
@@ -31,7 +44,8 @@ def hill_alpha(
 ) -> Float[Array, "*batch"]:
     """PL_Alpha_Hill, 1 + k / sum_{j in tail} ln(lambda_j / lambda_ref) (section 2.2).
 
-    Invariant to the scale of the matrix, to its transpose and to rotations.
+    Invariant to the scale of the matrix, to its transpose and to rotations, as long as the
+    eigenvalues are neither 0 nor infinite (`bounded` of `spectra.esd` sees to that).
 
     Args:
       eigenvalues: ascending, above 0 (`spectra.esd` sees to that).
@@ -41,9 +55,19 @@ def hill_alpha(
 
     Returns:
       the exponent, above 1; NaN where the tail has no spread or is not finite.
+
+    Raises:
+      UserError: no such reference, `tail` is not between 0 and 1, or no value is below it
+        for "hill".
     """
+    if reference not in REFERENCES:
+        allowed = f"one of {', '.join(REFERENCES)}"
+        raise reject("optim.alphadecay.reference", reference, allowed)
     r = eigenvalues.shape[-1]
     first = tail_start(r, tail)
+    if first == 0 and reference == "hill":
+        allowed = f"at most {1 - 1 / r:.4g}, for a value of {r} to lie below the tail"
+        raise reject("optim.alphadecay.tail", tail, allowed)
     return tail_alpha(eigenvalues[..., first:], eigenvalues[..., first - (reference == "hill")])
 
 
@@ -65,14 +89,20 @@ def clauset_alpha(
         D_i = max_{j >= i} |1 - (lambda_j / lambda_i)^(1 - alpha_i) - (j - i)/(r - i)|
 
     Args:
-      eigenvalues: ascending, above 0.
+      eigenvalues: ascending, above 0. All are read, so take them from `spectra.esd` with
+        "svd": the default vouches for the upper half alone.
       fit: "goodness_of_fit", i from 0 to r - 2; "fix_finger", lambda_i between 0.95 and
         1.5 times the left edge of the fullest of 100 equal bins of log10 lambda.
       slip: the release compares lambda_i with log10 of the lower bound instead.
 
     Returns:
       NaN where no start has an exponent.
+
+    Raises:
+      UserError: no such fit.
     """
+    if fit not in FITS[1:]:
+        raise reject("optim.alphadecay.fit", fit, f"one of {', '.join(FITS[1:])}")
     shape = eigenvalues.shape[:-1]
     flat = eigenvalues.reshape(-1, eigenvalues.shape[-1])
     one = lambda row: _clauset(row, fit, slip)
@@ -119,6 +149,7 @@ def marchenko_pastur_alpha(n: int, m: int, tail: float = 0.5) -> float:
     Shape alone puts an exponent between 2.12 (square) and 3.5 (one to four): a fresh
     network's MLP matrices look lighter-tailed than its attention. By quadrature.
     """
+    _require_share(tail)
     q = min(n, m) / max(n, m)
     low, high = (1 - q**0.5) ** 2, (1 + q**0.5) ** 2
     # x = middle - radius cos(phi) takes the square roots out of the density's ends.

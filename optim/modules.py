@@ -5,13 +5,13 @@ cannot tell, since stacked norm scales have two axes as well; so the caller says
 `Dims`, in the manner of the dimension numbers of `optax.contrib`.
 """
 
-import difflib
 import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from common.errors import UserError
@@ -26,7 +26,8 @@ NO_PARAMS = "Weight decay needs the parameters: call `update(updates, state, par
 class Dims(NamedTuple):
     """Which axes of a leaf make a matrix, as in `optax.contrib.MuonDimensionNumbers`.
 
-    Axes that are neither are batch axes: each of their indices is a module.
+    Axes that are neither are batch axes: each of their indices is a module. So `Dims()` is
+    a matrix, or a stack of them along the axes before the last two.
     """
 
     reduction_axis: int | tuple[int, ...] = -2
@@ -110,61 +111,108 @@ def select(params: Any, modules: Any) -> list[Leaf]:
 
     Args:
       params: arrays or their shapes; None and `optax.MaskedNode` are passed over.
-      modules: (dotted path, leaf) -> `Dims` or None, or a tree of these over the leaves.
+      modules: (dotted path, leaf) -> what the leaf is, or a tree of that over the leaves:
+        `Dims`; True, a matrix; None or False, no module. `Dims()` for a leaf with more than
+        two axes says that the last two are the matrix and the others count modules.
 
     Raises:
       UserError: nothing is selected, or what is no matrix.
     """
-    named = jax.tree_util.tree_leaves_with_path(params)
-    names = [dotted(path) for path, _ in named]
-    leaves = [leaf for _, leaf in named]
+    named = jax.tree_util.tree_leaves_with_path(params, is_leaf=absent)
     if callable(modules):
-        dims = [modules(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+        dims = [None if absent(a) else modules(dotted(path), a) for path, a in named]
     else:
         # Dims are tuples and None is no leaf: what stands there decides.
-        ends = lambda x: x is None or hasattr(x, "reduction_axis")
+        ends = lambda x: absent(x) or hasattr(x, "reduction_axis")
         dims = jax.tree.leaves(modules, is_leaf=ends)
-        if len(dims) != len(leaves):
+        if len(dims) != len(named):
+            names = ", ".join(dotted(path) for path, _ in named[:8])
             raise UserError(
                 f"The tree of modules has {len(dims)} leaves, but the parameters have "
-                f"{len(leaves)}: {', '.join(names[:8])}."
+                f"{len(named)}: {names or 'none'}."
             )
+    there = [
+        (dotted(path), leaf, d)
+        for (path, leaf), d in zip(named, dims, strict=True)
+        if not absent(leaf)
+    ]
+    if not there:
+        raise UserError("There are no parameters to select modules from.")
+    near = _matrices(there)
     found = [
-        _leaf(name, i, leaf, d)
-        for i, (name, leaf, d) in enumerate(zip(names, leaves, dims, strict=True))
-        if d is not None
+        _leaf(name, i, leaf, d, near)
+        for i, (name, leaf, d) in enumerate(there)
+        if not (absent(d) or (_is_bool(d) and not d))
     ]
     if not found:
-        near = difflib.get_close_matches("q kernel", names, n=5, cutoff=0) or names[:5]
-        raise UserError(f"No parameter is selected as a module; there are {', '.join(near)}.")
+        raise UserError(f"No parameter is selected as a module; {near}.")
     return found
 
 
-def _leaf(name: str, index: int, leaf: Any, dims: Any) -> Leaf:
-    shape, rank = tuple(leaf.shape), len(leaf.shape)
+def _matrices(named) -> str:
+    """What could have been selected: the first few leaves that may be matrices."""
+    names = [name for name, leaf, _ in named if len(np.shape(leaf)) >= 2]
+    if not names:
+        return "there are none with two axes"
+    return f"there are {', '.join(names[:5])} with two axes or more"
+
+
+def _leaf(name: str, index: int, leaf: Any, dims: Any, near: str) -> Leaf:
+    shape = tuple(np.shape(leaf))
+    rank = len(shape)
+    if _is_bool(dims):
+        if rank > 2:
+            raise UserError(
+                f"The parameter {name} of shape {shape} is selected by True, but needs its "
+                f"axes said, such as Dims({rank - 2}, {rank - 1}), having more than two."
+            )
+        dims = Dims()
+    if not hasattr(dims, "reduction_axis"):
+        raise UserError(
+            f"The parameter {name} is selected by {dims!r}, but must be by Dims, True, False "
+            f"or None."
+        )
     axes = [
         tuple(a) if isinstance(a, tuple | list) else (a,)
         for a in (dims.reduction_axis, dims.output_axis)
     ]
     parts = getattr(dims, "parts", 1)
     every = [a for group in axes for a in group]
-    known = all(-rank <= a < rank for a in every)
+    known = all(_is_whole(a) and -rank <= a < rank for a in every)
     reduction, output = (tuple(a % rank for a in group) for group in axes) if known else axes
-    if rank < 2 or not known or len({*reduction, *output}) < len(every):
+    matrix = rank >= 2 and known and reduction and output
+    if not matrix or len({*reduction, *output}) < len(every):
         raise UserError(
             f"The parameter {name} of shape {shape} is no matrix with the reduction axes "
-            f"{axes[0]} and the output axes {axes[1]}."
+            f"{axes[0]} and the output axes {axes[1]}; {near}."
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise UserError(f"The module {name} is {leaf.dtype}, but must be real and floating.")
+    if not _is_whole(parts) or parts < 1:
+        raise UserError(
+            f"The module {name} has parts {parts!r}, but must have a whole number from 1 up."
+        )
     wide = jnp.promote_types(leaf.dtype, jnp.float32).name
     found = Leaf(name, index, shape, reduction, output, parts, wide)
     width = int(np.prod([shape[a] for a in output]))
-    if parts < 1 or width % parts:
+    if width % parts:
         raise UserError(f"The module {name} has {width} outputs, which {parts} do not divide.")
     if 0 in shape:
         raise UserError(f"The module {name} of shape {shape} is empty.")
     return found
+
+
+def _is_bool(x) -> bool:
+    return isinstance(x, bool | np.bool_)
+
+
+def _is_whole(x) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def absent(x: Any) -> bool:
+    """Whether there is nothing at this place of a tree."""
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def dotted(path: tuple) -> str:

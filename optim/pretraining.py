@@ -145,16 +145,13 @@ def _rule(
 ) -> optax.GradientTransformation:
     admitted = (lambda path: True) if rest == "base" else _selects(modules)
     layered = lambda path: int(path.startswith("blocks."))  # Stacked along axis 0.
-    by_type = lambda ratios: controls.static_by_type(
-        eta, ratios, modules=modules, decay_rest=rest
-    )
     shared = dict(modules=modules, decay_rest=rest)
     gradients = dict(score="grad_norm", assignment="sigmoid")
     made = {
         "none": lambda: optax.identity(),
         "uniform": lambda: _uniform(eta, admitted),
-        "uniform_matched": lambda: by_type(dict.fromkeys(ratios, matched)),
-        "static_by_type": lambda: by_type(dict(ratios)),
+        "uniform_matched": lambda: controls.uniform_modules(eta, matched, **shared),
+        "static_by_type": lambda: controls.static_by_type(eta, dict(ratios), **shared),
         "alphadecay": lambda: alphadecay(eta, **shared, **settings),
         "shuffled": lambda: controls.shuffled(eta, seed, **shared, **settings),
         "adadecay_module": lambda: alphadecay(eta, **shared, **settings | gradients),

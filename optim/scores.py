@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from common.errors import reject
 from optim import exponents, spectra
 from optim.modules import Leaf, matrices
 
@@ -30,15 +31,33 @@ def of_modules(
       s: the settings of `alphadecay`: score, fit, tail, reference, method, ...
       leaves: what the arrays mean.
       weights, gradients: one array per leaf; the gradients matter to "grad_norm" alone.
+
+    Raises:
+      UserError: "mp", the correction of a median fit, with another fit.
     """
     if s.score == "grad_norm":
         return [_norm(leaf, g) for leaf, g in zip(leaves, gradients, strict=True)]
-    if s.shape_correction == "subsample" and s.score in ("alpha", "alpha_hat"):
-        values = [_windows(leaf, w, s.method) for leaf, w in zip(leaves, weights, strict=True)]
+    fitted = s.score in ("alpha", "alpha_hat")
+    clauset = fitted and s.fit != "median"
+    if clauset and s.shape_correction == "mp":
+        allowed = f"none or subsample with fit {s.fit}"
+        raise reject("optim.alphadecay.shape_correction", s.shape_correction, allowed)
+    # Those fits read the smallest values, and their choice of a start is no smooth function.
+    method = "svd" if clauset and s.method == "auto" else s.method
+    # Read from here on; a module's windows are pooled, but none has much less than its share.
+    below = s.reference == "hill"
+    exact = lambda r: min(exponents.tail_start(r, s.tail) - below, r // 2) if fitted else r // 2
+    # Of what does not depend on scale.
+    bounded = s.score in ("alpha", "stable_rank")
+    if fitted and s.shape_correction == "subsample":
+        values = [
+            _windows(leaf, w, method, exact(leaf.rank), bounded)
+            for leaf, w in zip(leaves, weights, strict=True)
+        ]
     else:
         whole = s.fit != "median" or s.score in ("frobenius", "stable_rank")
         first = lambda r: 0 if whole else exponents.tail_start(r, s.tail) - 1
-        values = spectra.eigenvalues(leaves, weights, s.method, first)
+        values = spectra.eigenvalues(leaves, weights, method, first, exact, bounded)
     return [_score(s, leaf, v) for leaf, v in zip(leaves, values, strict=True)]
 
 
@@ -64,7 +83,7 @@ def _score(s, leaf, values):
     return alpha
 
 
-def _windows(leaf, w, method):
+def _windows(leaf, w, method, exact, bounded):
     """Pooled eigenvalues of square windows that cover the long side, ascending."""
     w = matrices(leaf, w)
     n, m = leaf.sides
@@ -72,7 +91,8 @@ def _windows(leaf, w, method):
     count = -(-long // r)
     starts = np.linspace(0, long - r, count).round().astype(int)
     cut = jnp.stack([w[..., a : a + r] for a in starts], axis=-3)
-    return jnp.sort(spectra.esd(cut, method).reshape(*leaf.modules, -1), axis=-1)
+    values = spectra.esd(cut, method, exact=exact, bounded=bounded)
+    return jnp.sort(values.reshape(*leaf.modules, -1), axis=-1)
 
 
 def _norm(leaf, g):

@@ -10,7 +10,8 @@ Each adds decay * w to the updates, so that its place in a chain decides the cou
     cautious, adamc, norm_control  decoupled
 
 The gradient is the extra argument `gradient` of `update`, or else the updates, which are
-the gradient only where the rule comes first. `with_gradient` hands it through a chain.
+the gradient only where the rule comes first: elsewhere `gradient` must be passed, which no
+rule can tell by itself. `with_gradient` hands it through a chain.
 
 Leaves that are None, `optax.MaskedNode` or not floating pass through, and so do those whose
 dotted path a `mask` turns down. Strengths are numbers; `optax.inject_hyperparams` makes
@@ -30,7 +31,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from common.errors import reject
-from optim.modules import NO_PARAMS, dotted
+from optim.modules import NO_PARAMS, absent, dotted
 
 Transformation = optax.GradientTransformationExtraArgs
 Mask = Callable[[str], Any] | None
@@ -58,7 +59,8 @@ def awd(strength: ArrayLike, *, mask: Mask = None) -> Transformation:
         updates + bar_t w
 
     Ghiasi, Shafahi, Ardekani, NeurIPS 2023, arXiv:2210.00094. Norms are over all floating
-    leaves, also those that `mask` turns down.
+    leaves, also those that `mask` turns down. Unless this is first in the chain `gradient`
+    must be passed, by `with_gradient`: g would be Adam's output.
     """
     check("strength", strength)
 
@@ -86,7 +88,8 @@ def adadecay(
 
     Nakamura, Hong, 2019, arXiv:1907.08931. The deviation is the population's; where all
     |g_j| of a layer are equal theta is 1. What the AlphaDecay paper calls AdaDecay has one
-    value per module: `alphadecay(score="grad_norm", assignment="sigmoid")`.
+    value per module: `alphadecay(score="grad_norm", assignment="sigmoid")`. Unless this is
+    first in the chain `gradient` must be passed, as in `awd`.
 
     Args:
       weight_decay: decays lie between 0 and twice this.
@@ -230,7 +233,8 @@ def gradient_ratio(
 
     Ishii, Sato 2017 (layer-wise weight decay); that the mean over layers is `weight_decay`
     is ours. Layers are leaves that `mask` admits. Those of norm 0 do not count and have
-    nothing to decay; without any gradient all take `weight_decay`.
+    nothing to decay; without any gradient all take `weight_decay`. Unless this is first in
+    the chain `gradient` must be passed, as in `awd`.
 
     Args:
       stacked: path -> how many leading axes of the leaf count layers; none by default.
@@ -329,25 +333,21 @@ class _Parameter(NamedTuple):
 def _parameters(updates, params, gradient=None) -> list[_Parameter]:
     if params is None:
         raise ValueError(NO_PARAMS)
-    named, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_absent)
+    named, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=absent)
     raw = tree.flatten_up_to(updates if gradient is None else gradient)
     every = enumerate(zip(named, tree.flatten_up_to(params), raw, strict=True))
     return [
         _Parameter(i, dotted(path), w, u, g)
         for i, ((path, u), w, g) in every
-        if not (_absent(u) or _absent(w)) and jnp.issubdtype(w.dtype, jnp.inexact)
+        if not (absent(u) or absent(w)) and jnp.issubdtype(w.dtype, jnp.inexact)
     ]
-
-
-def _absent(x) -> bool:
-    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def _add(updates, found: list[_Parameter], strength, factor: Callable, mask: Mask):
     """updates + strength * factor(parameter) * w where `mask` admits the path."""
     if is_zero(strength):
         return updates
-    flat, tree = jax.tree.flatten(updates, is_leaf=_absent)
+    flat, tree = jax.tree.flatten(updates, is_leaf=absent)
     for p in found:
         if mask is None or mask(p.path):
             flat[p.index] = (p.u + strength * factor(p) * p.w).astype(p.u.dtype)
@@ -386,14 +386,15 @@ def _widest(params):
 
 
 def is_zero(strength) -> bool:
-    return not callable(strength) and not isinstance(strength, jax.Array) and strength == 0
+    known = not callable(strength) and not isinstance(strength, jax.Array)
+    return known and bool(strength == 0)
 
 
 def check(name: str, value: Any, positive: bool = False) -> None:
     """Rejects what is no finite number from 0, or above 0. Arrays are known only later."""
     if isinstance(value, jax.Array):
         return
-    number = isinstance(value, int | float | np.number)
+    number = isinstance(value, int | float | np.integer | np.floating)
     if not number or not 0 <= value < np.inf or (positive and value == 0):
         where = "above 0" if positive else "from 0 up"
         raise reject(f"optim.{name}", value, f"a finite number {where}")

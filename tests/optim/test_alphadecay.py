@@ -1,5 +1,7 @@
 """AlphaDecay against an independent NumPy trajectory, its Optax contract and its edges."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from common.errors import UserError
 from optim.alphadecay import (
     STATIC,
     alphadecay,
     diagnostics,
     refresher,
 )
-from optim.assignment import assign_decay
 from optim.modules import Dims, select
 
 WIDE = dict(s1=0.67, s2=5.0, every=5, min_eigs=10)
@@ -83,15 +83,18 @@ def _items(leaf):
     return leaf.items() if isinstance(leaf, dict) else [("", leaf)]
 
 
-@pytest.mark.parametrize("coupled", [False, True], ids=["decoupled", "coupled"])
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unstacked"])
-@pytest.mark.parametrize("offset", [0, 1])
-def test_twelve_steps_are_those_of_numpy(coupled, stacked, offset):
+CASES = [*itertools.product((False, True), (True, False), (0, 1), ("svd",))]
+
+
+@pytest.mark.parametrize(
+    ("coupled", "stacked", "offset", "method"), [*CASES, (False, True, 0, "auto")]
+)
+def test_twelve_steps_are_those_of_numpy(coupled, stacked, offset, method):
     params = network()
     gradients = [network(seed=s) for s in range(1, 13)]
     lr, eta = 0.02, 0.3
     with jax.enable_x64(True):
-        decay = alphadecay(eta, modules=modules, offset=offset, method="svd", **WIDE)
+        decay = alphadecay(eta, modules=modules, offset=offset, method=method, **WIDE)
         adam = optax.scale_by_adam(eps=1e-8)
         parts = (decay, adam) if coupled else (adam, decay)
         tx = optax.chain(*parts, optax.scale(-lr))
@@ -112,24 +115,26 @@ def test_twelve_steps_are_those_of_numpy(coupled, stacked, offset):
 
 @pytest.mark.parametrize("method", ["auto", "gram", "tridiagonal"])
 def test_other_methods_give_the_same_in_float64(method):
-    params = jax.tree.map(jnp.asarray, network(np.float32))
-    one, other = (
-        alphadecay(0.1, modules=modules, method=m, **WIDE).update(
-            params, alphadecay(0.1, modules=modules, **WIDE).init(params), params
-        )
-        for m in ("svd", method)
-    )
-    chex.assert_trees_all_close(one, other, rtol=1e-4)
+    found = []
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, network(np.float64))
+        for m in ("svd", method):
+            tx = alphadecay(0.1, modules=modules, method=m, **WIDE)
+            found.append(jax.device_get(tx.update(params, tx.init(params), params)))
+    assert found[1][1].alpha["blocks.q"].dtype == np.float64
+    chex.assert_trees_all_close(*found, rtol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_equal_ends_are_uniform_decay_bit_for_bit(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "coupled"), [(jnp.float32, False), (jnp.bfloat16, False), (jnp.float32, True)]
+)
+def test_equal_ends_are_uniform_decay_bit_for_bit(dtype, coupled):
     params = jax.tree.map(lambda a: jnp.asarray(a, dtype), network(np.float32))
     same = alphadecay(0.1, modules=modules, s1=1.0, s2=1.0, every=2, min_eigs=10)
     plain = optax.add_decayed_weights(0.1)
-    ours, theirs = (
-        optax.chain(optax.scale_by_adam(), tx, optax.scale(-1e-2)) for tx in (same, plain)
-    )
+    adam = optax.scale_by_adam()
+    order = (lambda tx: (tx, adam)) if coupled else (lambda tx: (adam, tx))
+    ours, theirs = (optax.chain(*order(tx), optax.scale(-1e-2)) for tx in (same, plain))
     found = []
     for tx in (ours, theirs):
         w, state, update = params, tx.init(params), jax.jit(tx.update)
@@ -270,9 +275,10 @@ def test_modules_without_an_exponent_take_ratio_one():
 
 def test_no_decay_needs_no_decomposition():
     params = jax.tree.map(jnp.asarray, network(np.float32))
-    tx = alphadecay(0.0, modules=modules, **WIDE)
-    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
-    assert "lapack" not in text
+    for eta, decomposed in ((0.1, True), (0.0, False), (np.float32(0), False)):
+        tx = alphadecay(eta, modules=modules, **WIDE)
+        text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+        assert ("lapack" in text) == decomposed
     updates, _ = tx.update(params, tx.init(params), params)
     chex.assert_trees_all_equal(updates, params)
 
@@ -284,97 +290,6 @@ def test_a_schedule_is_multiplied_by_the_ratios():
     first, state = tx.update(zero, tx.init(params), params)
     second, _ = tx.update(zero, state, params)
     chex.assert_trees_all_close(first, jax.tree.map(lambda u: 2 * u, second), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(score="grad_norm"),
-        dict(score="frobenius"),
-        dict(score="spectral"),
-        dict(score="stable_rank"),
-        dict(score="alpha_hat"),
-        dict(fit="goodness_of_fit"),
-        dict(fit="fix_finger"),
-        dict(reference="hill"),
-        dict(assignment="sqrt"),
-        dict(assignment="log2"),
-        dict(assignment="sigmoid"),
-        dict(assignment="uniform"),
-        dict(shape_correction="mp"),
-        dict(shape_correction="subsample"),
-        dict(quantiles=(0.05, 0.95)),
-        dict(normalize_mean=True),
-        dict(ema=0.5),
-        dict(exclude=("blocks.q[0]",)),
-    ],
-    ids=str,
-)
-def test_every_option_gives_finite_ratios(settings):
-    params = jax.tree.map(jnp.asarray, network(np.float32))
-    tx = alphadecay(0.1, modules=modules, **WIDE, **settings)
-    update = jax.jit(tx.update)
-    state = tx.init(params)
-    for seed in range(6):
-        g = jax.tree.map(jnp.asarray, network(np.float32, seed))
-        updates, state = update(g, state, params)
-    chex.assert_tree_all_finite((updates, state))
-    ratios = np.concatenate([state.ratio[k].ravel() for k in ("blocks.q", "blocks.up")])
-    weights = np.array([256, 256, 640, 640])
-    if settings.get("normalize_mean"):
-        assert (weights * ratios).sum() / weights.sum() == pytest.approx(1, rel=1e-5)
-    elif settings.get("assignment") == "uniform":
-        assert (ratios == 1).all()
-    elif "exclude" in settings:
-        assert ratios[0] == 1
-        assert [ratios.min(), ratios.max()] == pytest.approx([0.67, 5.0])
-    elif "assignment" not in settings:
-        assert ratios.min() == pytest.approx(0.67)
-        assert ratios.max() == pytest.approx(5.0)
-    if settings.get("score") == "frobenius":
-        want = [(params["blocks"][k][i] ** 2).sum() for k in ("q", "up") for i in range(2)]
-        got = np.concatenate([state.alpha[f"blocks.{k}"] for k in ("q", "up")])
-        np.testing.assert_allclose(got, want, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (dict(s1=-1.0), "optim.s1 is -1.0, but must be a finite number from 0 up"),
-        (dict(s1=3.0, s2=1.0), "optim.s2 is 1.0, but must be finite and at least s1 = 3.0"),
-        (dict(s2=float("nan")), "optim.s2 is nan"),
-        (dict(every=0), "optim.every is 0, but must be a whole number from 1 up"),
-        (dict(tail=1.0), "optim.tail is 1.0, but must be between 0 and 1"),
-        (dict(fit="mean"), "optim.fit is 'mean', but must be one of median"),
-        (dict(score="beta"), "optim.score is 'beta'"),
-        (dict(quantiles=(0.9, 0.1)), "optim.quantiles is"),
-        (dict(ema=1.0), "optim.ema is 1.0"),
-        (dict(assignment="sqrt", shape_correction="mp"), "none with sqrt and log2"),
-        (dict(assignment="log2", score="frobenius"), "log2 for alpha and stable_rank alone"),
-        (dict(decay_rest="all"), "optim.decay_rest is 'all'"),
-    ],
-)
-def test_settings_that_cannot_be_are_named(settings, said):
-    with pytest.raises(UserError, match=said):
-        alphadecay(0.1, modules=modules, **settings)
-
-
-def test_what_cannot_be_is_said_when_it_is_built():
-    params = network(np.float32)
-    with pytest.raises(UserError, match=r"weight_decay is -0\.1"):
-        alphadecay(-0.1, modules=modules)
-    with pytest.raises(UserError, match="min_eigs is 50, but must be at most 16"):
-        alphadecay(0.1, modules=modules).init(params)
-    tx = alphadecay(0.1, modules=modules, exclude=("q",), **WIDE)
-    state = tx.init(params)
-    with pytest.raises(UserError, match=r"tail is 0\.99, but must be at most 0\.9375"):
-        alphadecay(0.1, modules=modules, tail=0.99, **WIDE).init(params)
-    with pytest.raises(UserError, match=r"exclude is 'q', but must be module names such as"):
-        tx.update(params, state, params)
-    tx = alphadecay(0.1, modules=modules, **WIDE)
-    less = {"blocks": {"q": params["blocks"]["q"]}}
-    with pytest.raises(ValueError, match=r"differing: blocks\.up"):
-        tx.update(less, tx.init(params), less)
 
 
 def test_eight_devices_are_one():
@@ -394,31 +309,6 @@ def test_eight_devices_are_one():
     )
 
 
-def test_assignments():
-    score = jnp.array([1.5, 2.0, 4.0, jnp.nan])
-    got = assign_decay(score, "linear", 0.67, 3.0)
-    np.testing.assert_allclose(got, [0.67, 0.67 + 0.2 * 2.33, 3.0, 1.0], rtol=1e-6)
-    root = np.sqrt([1.5, 2.0, 4.0])
-    np.testing.assert_allclose(
-        assign_decay(score, "sqrt"), [*(root / root.mean()), 1.0], rtol=1e-6
-    )
-    logs = np.log2([1.5, 2.0, 4.0])
-    np.testing.assert_allclose(
-        assign_decay(score, "log2"), [*(logs / logs.mean()), 1.0], rtol=1e-6
-    )
-    layer = jnp.array([0, 0, 1, 1])
-    score = jnp.array([1.0, 3.0, 5.0, 9.0])
-    z = np.array([-1.0, 1.0, -1.0, 1.0])
-    got = assign_decay(score, "sigmoid", layer=layer, layers=2)
-    np.testing.assert_allclose(got, 2 / (1 + np.exp(-4 * z)), rtol=1e-6)
-    for name in ("linear", "sqrt", "log2", "sigmoid"):
-        np.testing.assert_allclose(assign_decay(jnp.full(3, 2.0), name), 1.0)
-        np.testing.assert_array_equal(assign_decay(jnp.full(3, jnp.nan), name), 1.0)
-    far = jnp.array([1.0, 2.0, 3.0, 100.0])
-    cut = np.asarray(assign_decay(far, "linear", quantiles=(0.0, 2 / 3)))
-    np.testing.assert_allclose(cut, [0.67, 0.67 + 2.33 / 2, 3.0, 3.0], rtol=1e-6)
-
-
 def test_modules_below_the_least_size_keep_the_base_decay():
     params = jax.tree.map(jnp.asarray, network(np.float32)) | {"q": jnp.ones((4, 4))}
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -427,13 +317,3 @@ def test_modules_below_the_least_size_keep_the_base_decay():
     assert "q" not in state.ratio
     np.testing.assert_allclose(updates["q"], 0.1)
     np.testing.assert_array_equal(updates["embed"], 0)
-
-
-def test_a_leaf_without_an_update_is_passed_over():
-    params = jax.tree.map(jnp.asarray, network(np.float32))
-    tx = alphadecay(0.1, modules=modules, **WIDE)
-    some = {"blocks": params["blocks"], "embed": None}
-    updates, _ = tx.update(some, tx.init(params), params)
-    assert updates["embed"] is None
-    whole, _ = tx.update(params, tx.init(params), params)
-    chex.assert_trees_all_equal(updates["blocks"], whole["blocks"])

@@ -1,12 +1,16 @@
 """Exponents against closed forms, brute force and the limits of random matrices."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import gammaln
 
+from common.errors import UserError
 from optim.exponents import clauset_alpha, hill_alpha, marchenko_pastur_alpha, tail_start
+from optim.spectra import esd
 
 CLOSED = {
     64: (1.027262, 0.995308),
@@ -128,3 +132,45 @@ def test_the_start_with_the_least_distance(fit, slip):
 )
 def test_random_matrices_have_the_exponent_of_their_shape(shape, limit):
     assert marchenko_pastur_alpha(*shape) == pytest.approx(limit, abs=1e-4)
+
+
+def test_the_least_distance_is_that_of_weightwatcher():
+    watcher = pytest.importorskip("weightwatcher")
+    torch = pytest.importorskip("torch")
+    logging.getLogger("weightwatcher").setLevel(logging.ERROR)
+    rng = np.random.default_rng(3)
+    each = [rng.normal(size=(128, 300)), rng.standard_t(3, size=(100, 100))]
+    turn = np.linalg.qr(rng.normal(size=(150, 150)))[0]
+    each.append(np.sqrt(pareto(150, 3.0))[:, None] * turn)
+    layers = [torch.nn.Linear(w.shape[1], w.shape[0], bias=False) for w in each]
+    for layer, w in zip(layers, each, strict=True):
+        layer.weight.data = torch.from_numpy(w.astype(np.float32))
+    model = torch.nn.Sequential(*layers)
+    want = watcher.WeightWatcher(model=model).analyze()["alpha"].to_numpy()
+    got = [float(clauset_alpha(esd(jnp.asarray(w, jnp.float32), "svd"))) for w in each]
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda v: hill_alpha(v, reference="foo"),
+            "reference is 'foo', but must be one of mle",
+        ),
+        (lambda v: hill_alpha(v, 0.0), "tail is 0.0, but must be between 0 and 1"),
+        (lambda v: hill_alpha(v, 1.0), "tail is 1.0, but must be between 0 and 1"),
+        (lambda v: hill_alpha(v, float("nan")), "tail is nan, but must be between 0 and 1"),
+        (lambda v: hill_alpha(v, 0.99, "hill"), "tail is 0.99, but must be at most 0.9844"),
+        (lambda v: clauset_alpha(v, "foo"), "fit is 'foo', but must be one of goodness_of_fit"),
+        (lambda v: clauset_alpha(v, "median"), "fit is 'median', but must be one of goodness"),
+        (lambda v: marchenko_pastur_alpha(9, 9, 2.0), "tail is 2.0, but must be between 0"),
+    ],
+)
+def test_bad_input_is_named(call, said):
+    with pytest.raises(UserError, match=f"config.optim.alphadecay.{said}"):
+        call(jnp.arange(1.0, 65.0))
+
+
+def test_a_tail_has_a_value_at_least():
+    assert tail_start(64, 1e-12) == 63

@@ -69,6 +69,24 @@ def test_rules_differ_where_they_should():
     np.testing.assert_allclose(up, base, rtol=1e-6)
 
 
+def test_uniform_matched_is_one_ratio_for_all_modules():
+    params = transformer(**PARTS).init(jax.random.key(0))
+    grads = jax.tree.map(lambda p: jnp.cos(7 * p), params)
+    changes = dict(weight_decay=0.3, matched=2.5, ratios=dict(q=0.0), warmup=0.0)
+    found = {}
+    for rule in ("uniform_matched", "none"):
+        tx = pretraining(**settings(rule=rule, **changes))
+        found[rule], _ = tx.update(grads, tx.init(params), params)
+    rate = settings()["learning_rate"]
+    ratio = {name: 1.0 if "norm" in name else 2.5 for name in params["blocks"]}
+    for name, value in ratio.items():
+        (got, plain, w) = (
+            jax.tree.leaves(tree["blocks"][name])[0]
+            for tree in (found["uniform_matched"], found["none"], params)
+        )
+        np.testing.assert_allclose(got, plain - rate * 0.3 * value * w, rtol=1e-5, atol=1e-9)
+
+
 def test_awd_goes_by_the_gradient_before_clipping():
     """bar_0 = 0.9 factor eta |g| / |w| of section 8, for all parameters alike."""
     params = transformer(**PARTS).init(jax.random.key(0))

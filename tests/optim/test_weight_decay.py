@@ -504,7 +504,10 @@ NAN = float("nan")
         ),
         (lambda: static_by_type(0.1, {"k": 1.0}, modules=modules).init(mixed()[0]), "ratios"),
         (lambda: shuffled(-0.1, 0, modules=modules), "weight_decay"),
-        (lambda: shuffled(0.1, 0, modules=modules, every=0), "every"),
+        (lambda: shuffled(0.1, 0, modules=modules, every=0), "alphadecay.every"),
+        (lambda: shuffled(0.1, 0, modules=modules, T=5), "alphadecay"),
+        (lambda: wd.cautious(np.float32(-1)), "weight_decay"),
+        (lambda: wd.cautious(np.float32(NAN)), "weight_decay"),
     ],
 )
 def test_bad_values_are_named(make, field):
