@@ -222,7 +222,7 @@ def _flagged(groups) -> list[str]:
         for seed, run in seeds.items()
         for kind in TYPES
         for layer, alpha in enumerate(last(run)[f"alpha_layers_{kind}"])
-        if (said := note(alpha, last(run)[f"deficient_layers_{kind}"][layer]))
+        if (said := note(float(alpha), last(run)[f"deficient_layers_{kind}"][layer]))
     ]
     return ["Modules to look at: " + ", ".join(found) + "."] if found else []
 

@@ -151,7 +151,9 @@ def test_actions(plain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(devices=4, fsdp=True, mesh=dict(model=2))], ids=str
+    "changes",
+    [{}, pytest.param(dict(devices=4, fsdp=True, mesh=dict(model=2)), marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_resume_inside_a_refresh_interval_changes_no_bit(changes, tmp_path):
     c = config(**changes, steps=6, optim=dict(alphadecay=dict(every=4)))
