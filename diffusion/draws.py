@@ -1,0 +1,260 @@
+"""Blocks of draws and their posteriors: the jitted programs behind the estimators.
+
+Draw m comes from row `index[m]` with noise of the key folded with m, so its number does not
+depend on the size of blocks or the number of devices. Rows of `Rows` placed on a mesh are
+summed where they are, and partial sums merged; of subsets, which are small, every device has
+all rows and takes its share of the draws.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from common import data as common_data
+from common import mesh as meshes
+from common.errors import reject
+from diffusion.posterior import (
+    Posterior,
+    Queries,
+    Sums,
+    accumulate,
+    finish,
+    finished,
+    merged,
+    merged_over,
+    nothing,
+)
+from diffusion.rows import ABSENT, Rows, fetch
+
+SPLIT = Rows(P("data"), P("data"), P("data"), P("data"), P(), P(), P(), P())
+
+
+class Block(NamedTuple):
+    """Which draws: host arrays [B].
+
+    Attributes:
+      index: place of each draw's row.
+      number: of each draw's noise.
+      sign: +1 or -1, of its noise.
+      subset: [L] places of a subset that the block shares; empty: none is needed.
+    """
+
+    index: np.ndarray
+    number: np.ndarray
+    sign: np.ndarray
+    subset: np.ndarray
+
+
+class Subset(NamedTuple):
+    """Posteriors by a subset, each [S, B].
+
+    Attributes:
+      corrected: by the rule for C, or stratified by neighbours.
+      lower: C = 1; its mean is below J*, whatever the form.
+      upper: the residual with the source taking part only where the subset holds it by
+        chance; its mean is above J*.
+    """
+
+    corrected: Posterior
+    lower: Posterior
+    upper: Posterior
+
+
+def block(
+    step: int, size: int, count: int, seed: int, *, subset: int = 0, antithetic: bool = False
+) -> Block:
+    """The draws of one block: whole permutations of the rows, one after the other.
+
+    Args:
+      step: 0, 1, ...
+      size: draws in a block; even where antithetic.
+      count: rows of the data set.
+      seed: of the order of rows and of the subsets.
+      subset: L, drawn without replacement and anew for each block; 0: none.
+      antithetic: draws come in pairs of one row, with noise of either sign.
+    """
+    fold = 2 if antithetic else 1
+    if size % fold:
+        raise reject("estimator.block", size, "even where antithetic")
+    draws = size // fold
+    index = common_data.indices(step, count, draws, seed)
+    number = np.arange(step * draws, (step + 1) * draws)
+    rng = np.random.default_rng((seed, 1, step))
+    chosen = rng.choice(count, subset, replace=False) if subset else np.zeros(0)
+    sign = np.tile([1, -1][:fold], draws)
+    return Block(
+        np.repeat(index, fold).astype(np.int32),
+        np.repeat(number, fold).astype(np.uint32),
+        sign.astype(np.float32),
+        np.sort(chosen).astype(np.int32),
+    )
+
+
+def _queries(part: Block, key, x0) -> Queries:
+    draw = lambda number: jax.random.normal(
+        jax.random.fold_in(key, number), x0.shape[1:], x0.dtype
+    )
+    eps = jax.vmap(draw)(part.number) * part.sign.astype(x0.dtype)[:, None]
+    return Queries(x0, eps, part.index, jnp.full_like(part.index, ABSENT))
+
+
+@partial(jax.jit, static_argnames="precision")
+def exact(
+    data: Rows,
+    part: Block,
+    key: jax.Array,
+    sigmas: Float[Array, " s"],
+    precision: str = "highest",
+) -> Posterior:
+    """Posteriors by all rows, [S, B].
+
+    Args:
+      data: rows; split over the axis "data" of the mesh in use, if there is one.
+      part: the draws.
+      key: of all noise.
+      sigmas: noise levels, which share the draws.
+      precision: of the products.
+    """
+
+    def local(data, part, key, sigmas):
+        queries = _queries(part, key, _everywhere(fetch(data, part.index)))
+        sums = accumulate(nothing(len(sigmas), queries), data, queries, sigmas, precision)
+        if meshes.current() > 1:
+            sums = merged_over(sums, "data")
+        return finish(finished(sums, queries), queries, data.mean)
+
+    return _over_rows(local, (SPLIT, P(), P(), P()), P())(data, part, key, sigmas)
+
+
+@partial(jax.jit, static_argnames=("rule", "precision"))
+def by_subset(
+    data: Rows,
+    part: Block,
+    key: jax.Array,
+    sigmas: Float[Array, " s"],
+    rule: str = "tapered",
+    constant: float | Array = 1.0,
+    neighbours: Int[Array, "n k"] | None = None,
+    precision: str = "highest",
+) -> Subset:
+    """Posteriors by the subset that the block shares, [S, B].
+
+    Args:
+      data, part, key, sigmas, precision: as in `exact`.
+      rule: for C: "paper" 4 N / L; "ht" C0 = (N - 1) / (L - 1); "tapered"
+        C0 (1 + 3 (1 - L / N)); "constant"; "snis", infinite unless the subset holds the
+        source; "knn", none: neighbours have the weight 1 and the others stand for the rest.
+      constant: C of the rule "constant".
+      neighbours: [N, K], for "knn".
+    """
+
+    def local(data, part, key, sigmas, neighbours):
+        gather = lambda i: _everywhere(fetch(data, i))
+        mine = part._replace(
+            index=_share(part.index), number=_share(part.number), sign=_share(part.sign)
+        )
+        # Every device must ask for the same rows, those of all draws.
+        queries = _queries(mine, key, _share(gather(part.index)))
+        few = _as_rows(gather(part.subset), part.subset, data.mean)
+        held = jnp.any(part.subset == mine.index[:, None], -1)
+        plain = accumulate(nothing(len(sigmas), queries), few, queries, sigmas, precision)
+        plain = finished(plain, queries)
+        if rule == "knn":
+            near = neighbours[part.index]
+            rows_near = gather(near.reshape(-1)).reshape(*near.shape, -1)
+            sums = _stratified(
+                few, queries, _share(near), _share(rows_near), sigmas, data.count, precision
+            )
+            corrected = finish(sums, queries, data.mean)
+        else:
+            log_c = _log_c(rule, constant, _others(few, queries), few, data.count, held)
+            corrected = finish(plain, queries, data.mean, -log_c)
+        lower = finish(plain, queries, data.mean)
+        chance = jnp.where(held, 0.0, -jnp.inf)
+        upper = finish(plain, queries, data.mean, chance)
+        return Subset(corrected, lower, upper)
+
+    specs = (SPLIT, P(), P(), P(), P())
+    return _over_rows(local, specs, P(None, "data"))(data, part, key, sigmas, neighbours)
+
+
+def _stratified(few, queries, near, rows_near, sigmas, count, precision):
+    """Sums by the neighbours, and by the shared rows that are none for all of the rest."""
+    away = ~jnp.any(few.index[0][None, :, None] == near[:, None, :], -1)
+    away &= few.index[0][None] != queries.source[:, None]
+    left = jnp.maximum(jnp.sum(away, -1), 1)
+    rest = count - 1 - near.shape[1]
+    log_rest = jnp.log(jnp.maximum(rest, 1) / left)
+    log_rest = jnp.where(rest > 0, log_rest, -jnp.inf)
+
+    def one(query, keep, y, index):
+        query = jax.tree.map(lambda a: a[None], query)
+        kept = few._replace(index=jnp.where(keep, few.index[0], -1)[None])
+        add = lambda some: finished(
+            accumulate(nothing(len(sigmas), query), some, query, sigmas, precision), query
+        )
+        return add(kept), add(_as_rows(y, index, few.mean))
+
+    batched = jax.vmap(one)(queries, away, rows_near, near)
+    sums, near_sums = jax.tree.map(lambda a: jnp.moveaxis(a[:, :, 0], 0, 1), batched)
+    sums = sums._replace(top=sums.top + log_rest.astype(sums.top.dtype))
+    return merged(jax.tree.map(lambda *a: jnp.stack(a), sums, near_sums))
+
+
+def _as_rows(y, index, mean) -> Rows:
+    one = jnp.ones((), y.dtype)
+    return Rows(
+        tiles=(y + mean)[None],
+        square=jnp.sum(y**2, -1)[None],
+        index=index[None],
+        label=jnp.full_like(index, ABSENT)[None],
+        mean=mean,
+        scale=one,
+        offset=0 * one,
+        count=jnp.int32(len(y)),
+    )
+
+
+def _others(few, queries):
+    there = (few.index[0] != queries.source[:, None]) & (few.index[0] >= 0)
+    return jnp.maximum(jnp.sum(there, -1), 1)
+
+
+def _log_c(rule, constant, others, few, count, held):
+    size, ideal = few.index.size, (count - 1) / others
+    made = {
+        "paper": lambda: jnp.log(4 * count / size) * jnp.ones_like(ideal),
+        "ht": lambda: jnp.log(ideal),
+        "tapered": lambda: jnp.log(ideal * (1 + 3 * (1 - size / count))),
+        "constant": lambda: jnp.log(constant) * jnp.ones_like(ideal),
+        "snis": lambda: jnp.where(held, 0.0, jnp.inf),
+    }
+    return made[rule]()
+
+
+def _over_rows(local: Callable, in_specs: tuple, out_specs) -> Callable:
+    if meshes.current() == 1:
+        return local
+    return jax.shard_map(
+        local, in_specs=in_specs, out_specs=out_specs, axis_names={"data"}, check_vma=False
+    )
+
+
+def _everywhere(rows):
+    # Devices that lack a row have zeros there.
+    return jax.lax.psum(rows, "data") if meshes.current() > 1 else rows
+
+
+def _share(a):
+    """This device's part of what all devices have."""
+    devices = meshes.current()
+    if devices == 1:
+        return a
+    size = len(a) // devices
+    return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * size, size)

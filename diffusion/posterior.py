@@ -1,0 +1,284 @@
+"""The exact posterior of a finite data set, in one pass over its rows.
+
+A query c = x_0 + s eps, made from row n of the data, has the posterior weights
+
+    p_i = softmax_i(-d_i / (2 s^2) + g_i / s),   d_i = |x_0 - y_i|^2,   g_i = eps . (y_i - x_0)
+
+so the row it came from has the logit 0. Measured from that row nothing cancels where the
+posterior sits on it (Xu et al., arXiv:2506.13763, theorem 1; rows i != n are summed here and
+row n joins in `finish`). Tiles stream through a running maximum, so no N x N matrix exists;
+partial sums of devices or hosts are merged by the same rule.
+
+Cost of a pass: 2 D (2 + S) FLOPs per query and row for S noise levels that share draws, 4 D
+for one alone, where both products are one.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from diffusion.preconditioning import Denoiser
+from diffusion.rows import ABSENT, Rows, numbers
+
+
+class Queries(NamedTuple):
+    """B draws.
+
+    Attributes:
+      x0: [B, D], the centred row each came from.
+      eps: [B, D], its noise.
+      source: [B], the place of that row, which the sums leave out; -1: none.
+      label: [B], class whose rows alone count; -1: all.
+    """
+
+    x0: Float[Array, "b d"]
+    eps: Float[Array, "b d"]
+    source: Int[Array, " b"]
+    label: Int[Array, " b"]
+
+
+class Sums(NamedTuple):
+    """Sums over rows other than the source, per noise level and query.
+
+    Attributes:
+      top: [S, B], the largest logit so far; what follows is relative to exp(top).
+      weight: [S, B], sum of w.
+      rows: [S, B, D], sum of w y.
+      distance: [S, B], sum of w d; of w |y|^2 while a pass for one noise level is under way.
+      square: [S, B], sum of w^2.
+    """
+
+    top: Float[Array, "s b"]
+    weight: Float[Array, "s b"]
+    rows: Float[Array, "s b d"]
+    distance: Float[Array, "s b"]
+    square: Float[Array, "s b"]
+
+
+class Posterior(NamedTuple):
+    """Statistics of the posterior, per noise level and query, all [S, B].
+
+    Attributes:
+      trcov: trace of its covariance, about x_0: sum_i p_i d_i - |mu - x_0|^2.
+      residual: |x_0 - mu|^2.
+      paired: |x_0|^2 - |mu|^2, of uncentred rows.
+      mean_square: |mu|^2, of uncentred rows; A minus it is the unpaired form.
+      p_self: weight of the row the query came from.
+      ess: 1 / sum_i p_i^2.
+
+    The first three, and A - mean_square, have the mean J*(s), a sum over coordinates.
+    """
+
+    trcov: Float[Array, "s b"]
+    residual: Float[Array, "s b"]
+    paired: Float[Array, "s b"]
+    mean_square: Float[Array, "s b"]
+    p_self: Float[Array, "s b"]
+    ess: Float[Array, "s b"]
+
+
+def nothing(levels: int, queries: Queries) -> Sums:
+    """The sums before the first row."""
+    batch, _ = queries.x0.shape
+    zero = jnp.zeros((levels, batch), queries.x0.dtype)
+    # Half the least number: finite, so that differences of two such are 0 and not NaN.
+    low = jnp.full_like(zero, jnp.finfo(zero.dtype).min / 2)
+    return Sums(low, zero, jnp.zeros((levels, *queries.x0.shape), zero.dtype), zero, zero)
+
+
+def accumulate(
+    sums: Sums,
+    data: Rows,
+    queries: Queries,
+    sigmas: Float[Array, " s"],
+    precision: str = "highest",
+) -> Sums:
+    """Adds the rows of `data`; traced. Rows of several calls must be different ones.
+
+    Args:
+      sums: so far; of one noise level, those that `finished` has not seen yet.
+      data: rows, or a part of them.
+      queries: the draws.
+      sigmas: noise levels s > 0.
+      precision: of the products, as in `jax.lax.Precision`; sums are float32 or wider.
+    """
+    one = len(sigmas) == 1
+    dot = partial(jnp.matmul, precision=precision)
+    own = jnp.sum(queries.x0**2, -1)[:, None]
+    across = jnp.sum(queries.x0 * queries.eps, -1)[:, None]
+    if one:
+        s = sigmas[0]
+        both = queries.x0 / s**2 + queries.eps / s
+        shift = 0.5 * own / s**2 + across / s
+    else:
+        both = jnp.concatenate([queries.x0, queries.eps])
+
+    def tile(sums, part):
+        stored, square, index, label = part
+        y = numbers(stored, data)
+        there = _counts(queries, index, label)
+        product = dot(both, y.T)
+        if one:
+            # |x_0 - y|^2 and eps . y in one product; the distance follows from the sums.
+            logit = product - 0.5 * square / s**2 - shift
+            each = (sigmas, *sums)
+            more = partial(_add, dot, y, lambda _: jnp.where(there, logit, -jnp.inf), square)
+        else:
+            near, noise = jnp.split(product, 2)
+            size = own + square
+            distance = size - 2 * near
+            # Below rounding it is a copy of the row.
+            tiny = 4 * jnp.finfo(distance.dtype).eps
+            distance = jnp.where(distance > tiny * size, distance, 0)
+            gain = noise - across
+
+            def logits(s):
+                logit = -0.5 * distance / s**2 + gain / s
+                return jnp.where(there, logit, -jnp.inf)
+
+            each = (sigmas, *sums)
+            more = partial(_add, dot, y, logits, distance)
+        return jax.lax.scan(lambda _, level: (None, more(level)), None, each)[1], None
+
+    parts = (data.tiles, data.square, data.index, data.label)
+    return jax.lax.scan(tile, sums, parts)[0]
+
+
+def _counts(queries, index, label):
+    """[B, T]: which rows count for which query."""
+    there = (index >= 0) & (index != queries.source[:, None])
+    wanted = queries.label[:, None]
+    return there & ((wanted == ABSENT) | (label == wanted))
+
+
+def _add(dot, y, logits, distance, level) -> Sums:
+    """One tile for one noise level."""
+    s, top, weight, rows, total, square = level
+    logit = logits(s)
+    new = jnp.maximum(top, jnp.max(logit, -1))
+    before = jnp.exp(top - new)
+    w = jnp.exp(logit - new[:, None])
+    return Sums(
+        top=new,
+        weight=before * weight + jnp.sum(w, -1),
+        rows=before[:, None] * rows + dot(w, y),
+        distance=before * total + jnp.sum(w * distance, -1),
+        square=before**2 * square + jnp.sum(w**2, -1),
+    )
+
+
+def finished(sums: Sums, queries: Queries) -> Sums:
+    """`distance` of a pass for one noise level, from sum w |y|^2; others as they are."""
+    if len(sums.top) > 1:
+        return sums
+    x0 = queries.x0
+    about = sums.distance - 2 * jnp.einsum("sbd,bd->sb", sums.rows, x0)
+    size = sums.weight * jnp.sum(x0**2, -1)
+    about = about + size
+    # Below rounding the rows are copies of the source.
+    tiny = 4 * jnp.finfo(about.dtype).eps
+    real = about > tiny * (size + sums.distance)
+    return sums._replace(distance=jnp.where(real, about, 0))
+
+
+def merged(parts: Sums) -> Sums:
+    """Sums [P, S, ...] over disjoint parts of the data as sums [S, ...] over all of it."""
+    top = jnp.max(parts.top, 0)
+    factor = jnp.exp(parts.top - top)
+    total = lambda a: jnp.sum(a * factor.reshape(factor.shape + (1,) * (a.ndim - 3)), 0)
+    return Sums(
+        top,
+        total(parts.weight),
+        total(parts.rows),
+        total(parts.distance),
+        jnp.sum(parts.square * factor**2, 0),
+    )
+
+
+def merged_over(sums: Sums, axis: str) -> Sums:
+    """`merged` over a mesh axis, inside `shard_map`."""
+    top = jax.lax.pmax(sums.top, axis)
+    factor = jnp.exp(sums.top - top)
+    add = partial(jax.lax.psum, axis_name=axis)
+    return Sums(
+        top,
+        add(sums.weight * factor),
+        add(sums.rows * factor[..., None]),
+        add(sums.distance * factor),
+        add(sums.square * factor**2),
+    )
+
+
+def finish(
+    sums: Sums, queries: Queries, mean: Float[Array, " d"], log_source: float | Array = 0.0
+) -> Posterior:
+    """Lets the source row join, with a weight of exp(log_source), and takes the moments.
+
+    Args:
+      sums: of all other rows, `finished`.
+      queries: the draws.
+      mean: what was subtracted from the rows.
+      log_source: 0 for the posterior; -log C for the corrected estimator; -inf leaves the
+        source out, for a subset that is independent of it.
+    """
+    log_source = jnp.asarray(log_source, sums.top.dtype)
+    top = jnp.maximum(sums.top, log_source)
+    others, own = jnp.exp(sums.top - top), jnp.exp(log_source - top)
+    whole = others * sums.weight + own
+    x0 = queries.x0
+    shift = sums.rows - sums.weight[..., None] * x0
+    shift = (others / whole)[..., None] * shift
+    residual = jnp.sum(shift**2, -1)
+    along = jnp.sum(shift * (x0 + mean), -1)
+    return Posterior(
+        trcov=jnp.maximum(others * sums.distance / whole - residual, 0),
+        residual=residual,
+        paired=-2 * along - residual,
+        mean_square=jnp.sum((x0 + mean) ** 2, -1) + 2 * along + residual,
+        p_self=own / whole,
+        ess=whole**2 / (others**2 * sums.square + own**2),
+    )
+
+
+def optimal_denoiser(
+    data: Rows, label: Int[Array, " b"] | None = None, precision: str = "highest"
+) -> Denoiser:
+    """The posterior mean E[x_0 | x] of the data set, as a denoiser for every sampler.
+
+    Args:
+      data: rows; all on each device, where the batch is split over devices.
+      label: [B], class of each sample; None: rows of all classes count.
+      precision: of the products.
+
+    Returns:
+      (x [B, ...], s [B] or scalar) -> [B, ...], weighted means of rows. Traced; jit with
+      `data` as an argument, as a large constant takes XLA minutes to fold.
+    """
+
+    def denoise(x, s):
+        wide = data.square.dtype
+        flat = x.reshape(len(x), -1).astype(wide) - data.mean
+        s = jnp.broadcast_to(jnp.asarray(s, wide), x.shape[:1])[:, None]
+        none = jnp.full(len(x), -1, jnp.int32)
+        queries = Queries(flat, flat, none, none if label is None else label)
+        dot = partial(jnp.matmul, precision=precision)
+
+        def tile(sums, part):
+            stored, square, index, labels = part
+            y = numbers(stored, data)
+            # Of -|x - y|^2 / 2, what depends on the row; scaled afterwards, for tiny s.
+            logit = (dot(flat, y.T) - 0.5 * square) / s**2
+            logit = jnp.where(_counts(queries, index, labels), logit, -jnp.inf)
+            level = (s, *(a[0] for a in sums))
+            new = _add(dot, y, lambda _: logit, jnp.zeros_like(square), level)
+            return jax.tree.map(lambda a: a[None], new), None
+
+        parts = (data.tiles, data.square, data.index, data.label)
+        sums = jax.lax.scan(tile, nothing(1, queries), parts)[0]
+        mean = sums.rows[0] / sums.weight[0][:, None] + data.mean
+        return mean.reshape(x.shape).astype(x.dtype)
+
+    return denoise

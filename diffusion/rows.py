@@ -1,0 +1,176 @@
+"""A data set as tiles of rows, ready for a pass over all of them.
+
+Rows are stored as they came (uint8, bfloat16, float32 or float64) and made into numbers tile
+by tile, so that a pass needs no second copy of the data. The mean row is subtracted there:
+differences of rows are what counts, and centred rows lose less to rounding.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from common.errors import UserError, reject
+
+ABSENT = -1  # The label of a row without one, and of a query that wants every class.
+
+
+class Rows(NamedTuple):
+    """N rows of D numbers in k tiles of T, the last ones empty where N is no multiple.
+
+    Attributes:
+      tiles: [k, T, D], as stored.
+      square: [k, T], squared norm of the centred row, in the dtype of computation.
+      index: [k, T], place in the data set; -1 for an empty row.
+      label: [k, T]; -1 for none.
+      mean: [D], subtracted from every row, in units after scaling.
+      scale, offset: a stored number times scale plus offset is the number that is meant.
+      count: N, a number of its own, as N may differ between calls of one program.
+    """
+
+    tiles: Array
+    square: Float[Array, "k t"]
+    index: Int[Array, "k t"]
+    label: Int[Array, "k t"]
+    mean: Float[Array, " d"]
+    scale: Float[Array, ""]
+    offset: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+def rows(
+    data: Any,
+    *,
+    labels: Any = None,
+    tile: int = 4096,
+    scale: float | None = None,
+    offset: float = 0.0,
+    mean: np.ndarray | None = None,
+    start: int = 0,
+    tiles: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Rows:
+    """Puts a data set on the device or devices.
+
+    Args:
+      data: [N, ...] of numbers; axes after the first are flattened. uint8 needs `scale`.
+      labels: [N] whole numbers from 0 up, or None.
+      tile: rows per tile; fewer if there are fewer rows.
+      scale, offset: what stored numbers mean, for instance 1 / 127.5 and -1.
+      mean: what to subtract; None: the mean row of `data`.
+      start: index of the first row, where `data` is a part of a larger set.
+      tiles: makes at least so many, so that sets of several sizes share a program.
+      mesh: splits the tiles over its axis "data"; None: all on the default device.
+
+    Raises:
+      UserError: there are no numbers, integers come without a scale, numbers that are not
+        finite, labels that do not fit.
+    """
+    data, scale = _checked(data, scale)
+    count = len(data)
+    labels = _labels(labels, count)
+    tile = max(1, min(tile, count))
+    devices = mesh.shape["data"] if mesh is not None else 1
+    k = max(-(-count // tile), tiles)
+    k += -k % devices
+    if mean is None:
+        mean = scale * _mean(data) + offset
+    pad = k * tile - count
+    wide = np.float64 if data.dtype == np.float64 else np.float32
+    fill = lambda a, value: np.concatenate([a, np.full(pad, value, a.dtype)]).reshape(k, tile)
+    square = np.empty(count, wide)
+    for at in range(0, count, 4096):
+        part = scale * data[at : at + 4096].astype(np.float64) + offset - mean
+        square[at : at + 4096] = np.einsum("nd,nd->n", part, part)
+    stored = data
+    if pad:
+        stored = np.concatenate([data, np.zeros((pad, data.shape[1]), data.dtype)])
+    placed = lambda a, spec: (
+        jnp.asarray(a) if mesh is None else jax.device_put(a, NamedSharding(mesh, spec))
+    )
+    split = P("data")
+    return Rows(
+        tiles=placed(stored.reshape(k, tile, -1), split),
+        square=placed(fill(square, 0), split),
+        index=placed(fill(np.arange(start, start + count, dtype=np.int32), -1), split),
+        label=placed(fill(labels, ABSENT), split),
+        mean=placed(mean.astype(wide), P()),
+        scale=placed(np.asarray(scale, wide), P()),
+        offset=placed(np.asarray(offset, wide), P()),
+        count=placed(np.int32(count), P()),
+    )
+
+
+def numbers(
+    stored: Float[Array, "..."] | Int[Array, "..."], data: Rows
+) -> Float[Array, "..."]:
+    """Stored rows [..., D] as centred numbers in the dtype of computation."""
+    wide = data.square.dtype
+    return data.scale * stored.astype(wide) + (data.offset - data.mean)
+
+
+def fetch(data: Rows, index: Int[Array, " b"]) -> Float[Array, "b d"]:
+    """Centred rows of these places; zeros for those of other devices.
+
+    Places count from the first row of the data set.
+    """
+    tile = data.index.shape[1]
+    first = data.index[0, 0]
+    local = index - first
+    here = (local >= 0) & (local < data.index.size) & (first >= 0)
+    at = jnp.where(here, local, 0)
+    return jnp.where(here[:, None], numbers(data.tiles[at // tile, at % tile], data), 0)
+
+
+def _mean(data):
+    total = np.zeros(data.shape[1])
+    for at in range(0, len(data), 4096):
+        total += data[at : at + 4096].sum(0, dtype=np.float64)
+    return total / len(data)
+
+
+def _checked(data, scale):
+    data = np.asarray(data)
+    if data.ndim < 2 or 0 in data.shape:
+        raise reject("data", data.shape, "rows of numbers, a shape (N, ...) without zeros")
+    data = data.reshape(len(data), -1)
+    if np.issubdtype(data.dtype, np.integer) and scale is None:
+        raise UserError(
+            f"The data are whole numbers ({data.dtype}); say what they mean by data.scale, for "
+            "instance 1/127.5 with an offset of -1."
+        )
+    if not (np.issubdtype(data.dtype, np.number) or data.dtype == jnp.bfloat16):
+        raise reject("data", str(data.dtype), "real numbers")
+    if np.iscomplexobj(data):
+        raise reject("data", str(data.dtype), "real numbers")
+    if data.dtype == np.float16 or (data.dtype == np.float64 and not jax.config.jax_enable_x64):
+        data = data.astype(np.float32)
+    if np.issubdtype(data.dtype, np.integer) and data.dtype.itemsize > 2:
+        data = data.astype(np.float32)
+    bad, first = 0, -1
+    for at in range(0, len(data), 4096):
+        wrong = ~np.isfinite(data[at : at + 4096].astype(np.float32)).all(1)
+        if wrong.any() and first < 0:
+            first = at + int(np.argmax(wrong))
+        bad += int(wrong.sum())
+    if bad:
+        raise UserError(
+            f"{bad} rows of the data hold numbers that are not finite, row {first} first."
+        )
+    return data, 1.0 if scale is None else float(scale)
+
+
+def _labels(labels, count):
+    if labels is None:
+        return np.full(count, ABSENT, np.int32)
+    found = np.asarray(labels)
+    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer):
+        raise reject("data.labels", f"{found.dtype} {found.shape}", f"{count} whole numbers")
+    if (found < 0).any():
+        missing = int((found < 0).sum())
+        raise UserError(f"data.labels lack a class for {missing} of {count} rows.")
+    return found.astype(np.int32)
