@@ -22,7 +22,6 @@ from common.errors import reject
 from diffusion.posterior import (
     Posterior,
     Queries,
-    Sums,
     accumulate,
     finish,
     finished,
@@ -210,7 +209,7 @@ def _stratified(few, queries, near, rows_near, sigmas, count, precision):
 def _as_rows(y, index, mean) -> Rows:
     one = jnp.ones((), y.dtype)
     return Rows(
-        tiles=(y + mean)[None],
+        tiles=y[None],
         square=jnp.sum(y**2, -1)[None],
         index=index[None],
         label=jnp.full_like(index, ABSENT)[None],

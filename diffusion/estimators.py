@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from common.errors import UserError, reject
 from diffusion import draws
-from diffusion.neighbours import nearest_neighbours
 from diffusion.preconditioning import check_sigmas
 from diffusion.rows import Rows, rows
+from diffusion.stratification import nearest_neighbours
 
 ESTIMATORS = ("exact", "dol", "cdol", "snis", "knn", "corrected")
 FORMS = ("trcov", "residual", "paired", "unpaired")
@@ -212,9 +212,7 @@ def of_rows(
         return [draws.exact(data, part, key, levels, precision)]
 
     def cheap(part):
-        return list(
-            draws.by_subset(data, part, key, levels, rule, constant, near, precision)
-        )
+        return list(draws.by_subset(data, part, key, levels, rule, constant, near, precision))
 
     make = lambda step, subset: draws.block(
         step, block, count, seed, subset=subset, antithetic=antithetic

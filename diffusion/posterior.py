@@ -132,8 +132,9 @@ def accumulate(
             distance = size - 2 * near
             # Below rounding it is a copy of the row.
             tiny = 4 * jnp.finfo(distance.dtype).eps
-            distance = jnp.where(distance > tiny * size, distance, 0)
-            gain = noise - across
+            apart = distance > tiny * size
+            distance = jnp.where(apart, distance, 0)
+            gain = jnp.where(apart, noise - across, 0)
 
             def logits(s):
                 logit = -0.5 * distance / s**2 + gain / s

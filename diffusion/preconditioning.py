@@ -38,8 +38,8 @@ def preconditioning(
 
     Args:
       process: of time s where it is edm; c_noise follows its convention.
-      target: of `predictions.TARGETS`. On ve, "score" is the output that NCSN++ scales by
-        its noise level, s times the score.
+      target: of `predictions.TARGETS`; of "score" the network's output is sigma times it,
+        as in NCSN++.
       sigma_data: standard deviation of the data, for the targets F and x0.
       noise_scale: of times from 0 to 1, fm_linear and gvp; 1000 for sinusoids.
 

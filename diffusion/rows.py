@@ -1,8 +1,8 @@
 """A data set as tiles of rows, ready for a pass over all of them.
 
-Rows are stored as they came (uint8, bfloat16, float32 or float64) and made into numbers tile
-by tile, so that a pass needs no second copy of the data. The mean row is subtracted there:
-differences of rows are what counts, and centred rows lose less to rounding.
+The mean row is subtracted: differences of rows are what counts, and centred rows lose less to
+rounding. float32 and float64 are stored centred; uint8 and bfloat16 are stored as they came,
+and become centred numbers tile by tile, so that a pass needs no second copy of the data.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from common.errors import UserError, reject
 
@@ -23,12 +23,12 @@ class Rows(NamedTuple):
     """N rows of D numbers in k tiles of T, the last ones empty where N is no multiple.
 
     Attributes:
-      tiles: [k, T, D], as stored.
+      tiles: [k, T, D]; centred where they have the dtype of `square`.
       square: [k, T], squared norm of the centred row, in the dtype of computation.
       index: [k, T], place in the data set; -1 for an empty row.
       label: [k, T]; -1 for none.
       mean: [D], subtracted from every row, in units after scaling.
-      scale, offset: a stored number times scale plus offset is the number that is meant.
+      scale, offset: what uint8 means: a stored number times scale plus offset.
       count: N, a number of its own, as N may differ between calls of one program.
     """
 
@@ -82,13 +82,13 @@ def rows(
     pad = k * tile - count
     wide = np.float64 if data.dtype == np.float64 else np.float32
     fill = lambda a, value: np.concatenate([a, np.full(pad, value, a.dtype)]).reshape(k, tile)
+    stored = np.zeros((k * tile, data.shape[1]), data.dtype)
     square = np.empty(count, wide)
     for at in range(0, count, 4096):
-        part = scale * data[at : at + 4096].astype(np.float64) + offset - mean
-        square[at : at + 4096] = np.einsum("nd,nd->n", part, part)
-    stored = data
-    if pad:
-        stored = np.concatenate([data, np.zeros((pad, data.shape[1]), data.dtype)])
+        here = slice(at, min(at + 4096, count))
+        part = scale * data[here].astype(np.float64) + offset - mean
+        square[here] = np.einsum("nd,nd->n", part, part)
+        stored[here] = part if data.dtype == wide else data[here]
     placed = lambda a, spec: (
         jnp.asarray(a) if mesh is None else jax.device_put(a, NamedSharding(mesh, spec))
     )
@@ -105,11 +105,11 @@ def rows(
     )
 
 
-def numbers(
-    stored: Float[Array, "..."] | Int[Array, "..."], data: Rows
-) -> Float[Array, "..."]:
+def numbers(stored: Shaped[Array, "..."], data: Rows) -> Float[Array, "..."]:
     """Stored rows [..., D] as centred numbers in the dtype of computation."""
     wide = data.square.dtype
+    if stored.dtype == wide:
+        return stored
     return data.scale * stored.astype(wide) + (data.offset - data.mean)
 
 
@@ -149,7 +149,7 @@ def _checked(data, scale):
         raise reject("data", str(data.dtype), "real numbers")
     if data.dtype == np.float16 or (data.dtype == np.float64 and not jax.config.jax_enable_x64):
         data = data.astype(np.float32)
-    if np.issubdtype(data.dtype, np.integer) and data.dtype.itemsize > 2:
+    if np.issubdtype(data.dtype, np.integer) and data.dtype != np.uint8:
         data = data.astype(np.float32)
     bad, first = 0, -1
     for at in range(0, len(data), 4096):

@@ -1,0 +1,276 @@
+"""Estimators of J*: the numeric checks of section 11 of the specification."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import mesh as meshes
+from common.errors import UserError
+from diffusion import draws
+from diffusion.estimators import FORMS, estimate_optimal_loss
+from diffusion.rows import rows
+from diffusion.stratification import nearest_neighbours
+from tests.diffusion.digits import brute, digits, noise
+
+KEY = jax.random.key(11)
+TABLE = {
+    0.3: (0.0078, 0.0007),
+    0.4: (0.083, 0.002),
+    0.5: (0.320, 0.006),
+    0.6: (0.803, 0.008),
+    0.8: (2.51, 0.02),
+    1.0: (4.80, 0.02),
+    1.5: (9.90, 0.03),
+    2.0: (13.08, 0.03),
+    3.0: (16.01, 0.02),
+    5.0: (17.737, 0.009),
+    10.0: (18.512, 0.004),
+    20.0: (18.709, 0.002),
+    80.0: (18.7696, 0.0004),
+}
+
+
+@pytest.fixture(scope="module")
+def curve():
+    """Digits, 7188 draws."""
+    levels = [0.05, 0.1, *TABLE]
+    return estimate_optimal_loss(digits(), levels, KEY, num_draws=4 * 1797)
+
+
+def test_two_points_have_the_published_loss():
+    """Check 1: a^2 E sech^2(a (a + s Z) / s^2)."""
+    want = [3.5228e-4, 0.11612605, 0.32093727, 0.46465865]
+    got = estimate_optimal_loss(
+        np.array([[0.7], [-0.7]]), [0.2, 0.5, 1, 3], KEY, num_draws=200_000, block=50_000
+    )
+    assert (np.abs(got.value - want) <= 3 * got.stderr).all()
+    assert (got.stderr < 0.1 * np.array(want)).all()
+
+
+def test_digits_have_the_published_curve(curve):
+    """Check 2, and parts of 3."""
+    want, error = np.array(list(TABLE.values())).T
+    off = np.abs(curve.value[2:] - want)
+    assert (off <= 3 * np.hypot(error, curve.stderr[2:])).all()
+    assert curve.value[0] < 1e-15
+    assert curve.value[1] < 1e-5
+    assert (np.diff(curve.value) > -2 * curve.stderr[1:]).all()
+    assert float(curve.variance) == pytest.approx(18.773105, rel=1e-6)
+    rest = (float(curve.variance) - curve.value[-2]) * 400
+    assert rest == pytest.approx(25, abs=5)
+
+
+def test_forms_have_one_mean_and_trcov_the_least_spread():
+    """Check 5."""
+    levels = [0.3, 0.5, 1.0, 2.0, 8.0]
+    found = {
+        form: estimate_optimal_loss(digits(), levels, KEY, num_draws=4 * 1797, form=form)
+        for form in FORMS
+    }
+    base = found["trcov"]
+    for form in FORMS:
+        other = found[form]
+        bar = 3 * np.hypot(base.stderr, other.stderr)
+        assert (np.abs(base.value - other.value) <= bar).all(), form
+        assert (base.stderr <= other.stderr).all(), form
+    assert found["unpaired"].stderr[1] >= 4 * base.stderr[1]
+
+
+@pytest.mark.parametrize("s", [0.1, 1.0, 2.0, 4.0])
+def test_a_gaussian_sample_is_near_its_population(s):
+    """Check 6: below it at small noise, where the rows are known apart."""
+    lam = np.array([4, 1, 0.25])
+    y = np.random.default_rng(0).normal(size=(20_000, 3)) * np.sqrt(lam)
+    got = estimate_optimal_loss(np.float32(y), [s], KEY, num_draws=4000, block=1000)
+    want = np.sum(lam * s**2 / (lam + s**2))
+    if s == 0.1:
+        assert got.value[0] < want
+    else:
+        assert got.value[0] == pytest.approx(want, rel=0.02)
+
+
+def estimate(estimator, levels, draws=4 * 1797, **given):
+    return estimate_optimal_loss(
+        digits(), levels, KEY, num_draws=draws, estimator=estimator, **given
+    )
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_subset_of_all_rows_is_exact(x64):
+    """Check 7, first part: L = N, C = 1."""
+    with jax.enable_x64(x64):
+        data = rows(digits(), tile=256)
+        part = draws.block(0, 16, 1797, 0, subset=1797)
+        s = jnp.asarray([0.3, 0.6, 2.0], data.square.dtype)
+        want = draws.exact(data, part, KEY, s)
+        near = nearest_neighbours(data, 20)
+        for rule in ("constant", "ht", "tapered", "snis", "knn"):
+            got = draws.by_subset(data, part, KEY, s, rule, 1.0, near)
+            for found in got:
+                bar = 1e-10 if x64 else 1e-5
+                for name in ("trcov", "residual"):
+                    a, b = getattr(found, name), getattr(want, name)
+                    np.testing.assert_allclose(a, b, rtol=bar, atol=bar * np.abs(b).max())
+
+
+def test_subsets_bracket_the_optimum():
+    """Check 7: E DOL_16 < DOL_64 < DOL_256 < J* < SNIS residual."""
+    levels = [0.6, 1.0]
+    exact = estimate("exact", levels)
+    low = [estimate("dol", levels, subset_size=size) for size in (16, 64, 256)]
+    high = estimate("snis", levels, subset_size=256, form="residual")
+    ladder = np.stack([*(c.value for c in low), exact.value, high.value])
+    assert (np.diff(ladder, axis=0) > 0).all()
+    ratio = low[-1].value / exact.value
+    assert 0.25 < ratio[0] < 0.36
+    assert high.value[0] / exact.value[0] > 6
+    np.testing.assert_allclose(low[-1].lower, low[-1].value, rtol=0.05)
+    np.testing.assert_allclose(high.upper, high.value)
+    assert (low[-1].upper > exact.value).all()
+
+
+def test_the_papers_rule_has_the_measured_bias():
+    """Check 7: cDOL, 4 N / L, paired, L = 256."""
+    levels = [0.6, 1.0, 1.5, 2.5]
+    exact = estimate("exact", levels)
+    got = estimate("cdol", levels, form="paired", c_rule="paper", subset_size=256)
+    low, high = np.array([(0.70, 0.88), (0.93, 1.03), (0.94, 1.0), (0.94, 1.0)]).T
+    ratio = got.value / exact.value
+    assert ((ratio >= low) & (ratio <= high)).all(), ratio
+
+
+def test_neighbours_mend_the_small_noise():
+    """Check 7: K = 128, L = 256, s = 0.4."""
+    exact = estimate("exact", [0.4])
+    got = estimate("knn", [0.4], subset_size=256, neighbours=128)
+    assert got.value[0] / exact.value[0] > 0.85
+    plain = estimate("cdol", [0.4], subset_size=256)
+    assert plain.value[0] < 0.8 * got.value[0]
+
+
+@pytest.mark.parametrize("neighbours", [0, 32])
+def test_the_corrected_estimator_is_right_where_its_parts_are_not(neighbours):
+    levels = [0.6, 1.0, 1.5, 2.5]
+    exact = estimate("exact", levels, 8 * 1797)
+    got = estimate(
+        "corrected", levels, subset_size=128, neighbours=neighbours, exact_draws=1797
+    )
+    bar = 3 * np.hypot(exact.stderr, got.stderr)
+    assert (np.abs(got.value - exact.value) <= bar).all()
+    # The many cheap draws are worth something.
+    alone = estimate("exact", levels, 1797)
+    assert (got.stderr[1:] < alone.stderr[1:]).all()
+
+
+def test_float32_keeps_four_digits():
+    """Check 8, the digits: identical draws against brute force in float64."""
+    data = rows(np.float32(digits()))
+    part = draws.block(0, 256, 1797, 0)
+    eps = noise(KEY, part.number, 64)
+    for levels in ([0.3, 0.5, 1.0, 5.0, 80.0], [0.3], [1.0], [80.0]):
+        found = draws.exact(data, part, KEY, jnp.asarray(levels))
+        assert (np.asarray(found.trcov) >= 0).all()
+        for i, s in enumerate(levels):
+            want = brute(digits(), part.index, eps, s).mean()
+            bar = 1e-5 if s == 80 else 1e-4
+            assert np.mean(np.float64(found.trcov[i])) == pytest.approx(want, rel=bar), s
+
+
+@pytest.mark.parametrize("estimator", ["exact", "cdol", "knn", "corrected"])
+def test_eight_devices_equal_one(estimator):
+    """Check 9: 1797 rows on 8 devices."""
+    given = dict(subset_size=64, neighbours=0 if estimator == "cdol" else 8, block=32)
+    given |= dict(num_draws=256, exact_draws=64, estimator=estimator, tile=128)
+    levels = [0.5, 1.0, 3.0]
+    one = estimate_optimal_loss(digits(), levels, KEY, **given)
+    eight = estimate_optimal_loss(digits(), levels, KEY, mesh=meshes.make(), **given)
+    np.testing.assert_allclose(eight.value, one.value, rtol=1e-5)
+    np.testing.assert_allclose(eight.stderr, one.stderr, rtol=1e-3)
+    np.testing.assert_allclose(eight.upper, one.upper, rtol=1e-5)
+
+
+def turned(y):
+    q = np.linalg.qr(np.random.default_rng(5).normal(size=(y.shape[1],) * 2))[0]
+    return y @ q
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("change", "factor", "bar"),
+    [
+        (lambda y: y + 100, 1.0, 1e-3),
+        (turned, 1.0, 0.1),
+        (lambda y: 3 * y, 3.0, 1e-5),
+        (lambda y: 0.25 * y, 0.25, 1e-5),
+    ],
+    ids=["shift", "turn", "scale", "alpha and sigma"],
+)
+def test_what_changes_nothing(x64, change, factor, bar):
+    """Check 10: J*(c Y, c s) = c^2 J*(Y, s). A turn changes the draws, not the law."""
+    with jax.enable_x64(x64):
+        s = np.array([0.5, 1.2, 4.0])
+        given = dict(num_draws=512)
+        want = estimate_optimal_loss(digits(), s, KEY, **given)
+        got = estimate_optimal_loss(change(digits()), factor * s, KEY, **given)
+        bar = 1e-9 if x64 and bar < 0.1 else bar
+        np.testing.assert_allclose(got.value, factor**2 * want.value, rtol=bar)
+
+
+def test_classes_lower_the_optimum():
+    """Fact 7, and a mean over classes by hand."""
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target
+    levels = [0.8, 1.5]
+    whole = estimate("exact", levels)
+    got = estimate("exact", levels, labels=labels)
+    assert (got.value < whole.value).all()
+    by_hand = 0.0
+    for c in range(10):
+        part = digits()[labels == c]
+        one = estimate_optimal_loss(part, levels, KEY, num_draws=4 * len(part))
+        by_hand = by_hand + one.value * len(part) / 1797
+    np.testing.assert_allclose(got.value, by_hand, rtol=0.02)
+
+
+def test_more_rows_repeat_the_identity_of_frequencies():
+    """Fact 9: a set written twice is the same set."""
+    levels = [0.4, 1.0]
+    twice = np.concatenate([digits()[:200], digits()[:200]])
+    a = estimate_optimal_loss(digits()[:200], levels, KEY, num_draws=8000)
+    b = estimate_optimal_loss(twice, levels, KEY, num_draws=8000)
+    assert (np.abs(a.value - b.value) <= 3 * np.hypot(a.stderr, b.stderr)).all()
+
+
+def test_one_draw_has_no_error():
+    got = estimate("exact", [1.0], 1)
+    assert np.isnan(got.stderr).all()
+    assert np.isfinite(got.value).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (dict(sigmas=[0.0]), "sigmas"),
+        (dict(sigmas=[np.nan]), "sigmas"),
+        (dict(sigmas=[np.inf]), "sigmas"),
+        (dict(sigmas=[]), "at least one"),
+        (dict(num_draws=0), "num_draws"),
+        (dict(estimator="dolo"), "estimator.name"),
+        (dict(form="AB"), "estimator.form"),
+        (dict(estimator="dol", subset_size=1), "subset_size"),
+        (dict(estimator="dol", subset_size=1798), "subset_size"),
+        (dict(estimator="knn", subset_size=16, neighbours=15), "neighbours"),
+        (dict(estimator="cdol", c_rule="papers"), "c_rule"),
+        (dict(estimator="cdol", c_rule=0.0), "c_rule"),
+        (dict(estimator="cdol", c_rule=np.nan), "c_rule"),
+        (dict(block=0), "block"),
+        (dict(estimator="corrected", num_draws=8, exact_draws=1, subset_size=8), "exact_draws"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_named(given, named):
+    given = dict(sigmas=[1.0], num_draws=8) | given
+    with pytest.raises(UserError, match=named):
+        estimate_optimal_loss(digits(), key=KEY, **given)

@@ -1,0 +1,211 @@
+"""The streaming posterior against brute force in float64: tiles, devices, types, extremes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import mesh as meshes
+from common.errors import UserError
+from diffusion import draws
+from diffusion.posterior import Queries, accumulate, finish, finished, nothing, optimal_denoiser
+from diffusion.rows import fetch, rows
+from tests.diffusion.digits import brute, digits, noise
+
+KEY = jax.random.key(3)
+LEVELS = [0.002, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 1.0, 2.0, 5.0, 20.0, 80.0]
+
+
+def small(n=300, d=12, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, d))
+
+
+def test_digits_equal_brute_force_at_twelve_levels():
+    """Draw by draw, to 1e-6 of each level's largest value, in float64."""
+    with jax.enable_x64(True):
+        part = draws.block(0, 64, 1797, seed=1)
+        eps = noise(KEY, part.number, 64)
+        found = draws.exact(rows(digits(), tile=500), part, KEY, jnp.asarray(LEVELS))
+        for i, s in enumerate(LEVELS):
+            want = brute(digits(), part.index, eps, s)
+            # The reference's own rounding: it takes the difference of two sums of its size.
+            np.testing.assert_allclose(found.trcov[i], want, rtol=1e-6, atol=1e-13)
+            assert found.trcov[i].mean() == pytest.approx(want.mean(), rel=1e-6, abs=1e-14)
+            for form in ("residual", "paired"):
+                want = brute(digits(), part.index, eps, s, form)
+                got = getattr(found, form)[i]
+                np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("levels", [[0.7], [0.4, 0.7, 3.0]], ids=["alone", "together"])
+@pytest.mark.parametrize("tile", [7, 300, 1000])
+def test_tiles_and_shared_products_change_nothing(levels, tile):
+    with jax.enable_x64(True):
+        y = small()
+        part = draws.block(0, 20, len(y), seed=0)
+        eps = noise(KEY, part.number, y.shape[1])
+        found = draws.exact(rows(y, tile=tile), part, KEY, jnp.asarray(levels))
+        for i, s in enumerate(levels):
+            want = brute(y, part.index, eps, s)
+            np.testing.assert_allclose(found.trcov[i], want, rtol=1e-10, atol=1e-13)
+            away = ((y[part.index] + s * eps)[:, None] - y) ** 2
+            p = np.exp(-away.sum(-1) / (2 * s**2))
+            p /= p.sum(1, keepdims=True)
+            np.testing.assert_allclose(found.ess[i], 1 / (p**2).sum(1), rtol=1e-9)
+            own = p[np.arange(20), part.index]
+            np.testing.assert_allclose(found.p_self[i], own, rtol=1e-9)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("tile", [16, 64])
+def test_devices_share_the_rows(devices, tile):
+    """300 rows: neither tiles nor devices divide them."""
+    y, part = small().astype(np.float32), draws.block(0, 24, 300, seed=0)
+    levels = jnp.asarray([0.5, 1.0, 4.0])
+    want = draws.exact(rows(y, tile=tile), part, KEY, levels)
+    mesh = meshes.make(data=devices)
+    with jax.set_mesh(mesh):
+        got = draws.exact(rows(y, tile=tile, mesh=mesh), part, KEY, levels)
+    for a, b in zip(jax.device_get(got), jax.device_get(want), strict=True):
+        # "paired" is a difference of numbers of the largest one's size.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
+
+
+def test_no_program_is_made_twice():
+    y = small(64, 5).astype(np.float32)
+    data = rows(y, tile=16)
+    before = draws.exact._cache_size()
+    for seed, s in ((0, 0.3), (1, 0.9)):
+        part = draws.block(seed, 8, 64, seed)
+        draws.exact(data, part, jax.random.key(seed), jnp.asarray([s]))
+    assert draws.exact._cache_size() == before + 1
+    few = draws.by_subset._cache_size()
+    for c in (2.0, 3.0):
+        part = draws.block(0, 8, 64, 0, subset=16)
+        draws.by_subset(data, part, KEY, jnp.asarray([0.5]), "constant", c)
+    assert draws.by_subset._cache_size() == few + 1
+
+
+def test_stored_types_mean_the_same_numbers():
+    y = np.random.default_rng(0).integers(0, 256, (90, 10)).astype(np.uint8)
+    part = draws.block(0, 16, 90, 0)
+    levels = jnp.asarray([0.3, 1.0])
+    as_float = rows(y / 127.5 - 1, tile=32)
+    as_bytes = rows(y, tile=32, scale=1 / 127.5, offset=-1.0)
+    assert as_bytes.tiles.dtype == jnp.uint8
+    a, b = (draws.exact(d, part, KEY, levels) for d in (as_float, as_bytes))
+    np.testing.assert_allclose(a.trcov, b.trcov, rtol=1e-4, atol=1e-6)
+    index = jnp.asarray(part.index)
+    np.testing.assert_allclose(fetch(as_float, index), fetch(as_bytes, index), atol=1e-6)
+
+
+def test_copies_of_a_row_share_its_weight():
+    y = small(40, 6)
+    y[7] = y[3]
+    data = rows(np.float32(y), tile=8)
+    part = draws.block(0, 40, 40, 0)
+    found = draws.exact(data, part, KEY, jnp.asarray([1e-3, 1e-2]))
+    own = np.asarray(found.p_self)
+    twice = np.isin(part.index, (3, 7))
+    np.testing.assert_allclose(own[:, twice], 0.5)
+    np.testing.assert_array_equal(own[:, ~twice], 1)
+    # A copy is at no distance: nothing is lost.
+    np.testing.assert_array_equal(found.trcov, 0)
+
+
+def test_one_row_and_equal_rows_lose_nothing():
+    for n in (1, 5):
+        y = np.ones((n, 4), np.float32)
+        found = draws.exact(rows(y), draws.block(0, 4, n, 0), KEY, jnp.asarray([0.1, 10.0]))
+        np.testing.assert_allclose(found.trcov, 0, atol=1e-7)
+        np.testing.assert_allclose(found.residual, 0, atol=1e-7)
+
+
+def test_sums_of_parts_merge_to_the_sums_of_the_whole():
+    from diffusion.posterior import merged
+
+    with jax.enable_x64(True):
+        y = small()
+        whole = rows(y, tile=50)
+        x0 = fetch(whole, jnp.arange(5))
+        eps = jnp.asarray(noise(KEY, range(5), 12))
+        queries = Queries(x0, eps, jnp.arange(5), jnp.full(5, -1))
+        s = jnp.asarray([0.3, 2.0])
+        want = accumulate(nothing(2, queries), whole, queries, s)
+        cut = [
+            rows(y[a:b], tile=50, mean=np.asarray(whole.mean), start=a)
+            for a, b in ((0, 90), (90, 300))
+        ]
+        parts = [accumulate(nothing(2, queries), c, queries, s) for c in cut]
+        together = merged(jax.tree.map(lambda *a: jnp.stack(a), *parts))
+        one_after_the_other = accumulate(parts[0], cut[1], queries, s)
+        for sums in (together, one_after_the_other):
+            got = finish(finished(sums, queries), queries, whole.mean)
+            ref = finish(finished(want, queries), queries, whole.mean)
+            for a, b in zip(got, ref, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_two_points_have_the_denoiser_tanh():
+    """a tanh(a x / s^2), check 1 of section 11."""
+    data = rows(np.array([[0.7], [-0.7]], np.float32))
+    x = jnp.linspace(-3, 3, 41)[:, None]
+    for s in (0.2, 0.5, 1.0, 3.0):
+        got = optimal_denoiser(data)(x, s)
+        np.testing.assert_allclose(got, 0.7 * np.tanh(0.7 * x / s**2), atol=1e-6)
+
+
+def test_the_denoiser_takes_images_levels_and_classes():
+    with jax.enable_x64(True):
+        y = small(60, 8).reshape(60, 2, 2, 2)
+        labels = np.arange(60) % 3
+        x = jnp.asarray(small(6, 8, seed=1).reshape(6, 2, 2, 2))
+        s = np.array([0.3, 0.5, 1.0, 2.0, 0.7, 0.4])
+        wanted = np.array([0, 1, 2, -1, 0, -1], np.int32)
+        got = optimal_denoiser(rows(y, labels=labels, tile=17), jnp.asarray(wanted))(x, s)
+        for i in range(6):
+            chosen = y[(labels == wanted[i]) | (wanted[i] < 0)]
+            logit = -((x[i] - chosen) ** 2).sum((1, 2, 3)) / (2 * s[i] ** 2)
+            p = np.exp(logit - logit.max())
+            want = np.einsum("n,nhwc->hwc", p / p.sum(), chosen)
+            np.testing.assert_allclose(got[i], want, rtol=1e-9, atol=1e-12)
+
+
+def test_antithetic_draws_come_in_pairs():
+    part = draws.block(3, 8, 50, 0, antithetic=True)
+    np.testing.assert_array_equal(part.index[::2], part.index[1::2])
+    np.testing.assert_array_equal(part.number[::2], part.number[1::2])
+    np.testing.assert_array_equal(part.sign, [1, -1] * 4)
+    with pytest.raises(UserError, match="block"):
+        draws.block(0, 7, 50, 0, antithetic=True)
+
+
+def test_blocks_go_through_whole_permutations():
+    seen = np.concatenate([draws.block(i, 25, 50, 4).index for i in range(4)])
+    np.testing.assert_array_equal(np.bincount(seen), 2)
+    numbers = np.concatenate([draws.block(i, 25, 50, 4).number for i in range(4)])
+    np.testing.assert_array_equal(numbers, np.arange(100))
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "named"),
+    [
+        (np.zeros((0, 3)), {}, "without zeros"),
+        (np.zeros(4), {}, "without zeros"),
+        (np.zeros((4, 0)), {}, "without zeros"),
+        (np.zeros((4, 3), np.uint8), {}, "data.scale"),
+        (np.array([[0.0], [np.nan], [np.inf]]), {}, "2 rows .* row 1 first"),
+        (np.zeros((4, 3), complex), {}, "real numbers"),
+        (np.array([["a"]]), {}, "real numbers"),
+        (np.zeros((4, 3)), dict(labels=np.array([0, 1])), "data.labels"),
+        (np.zeros((2, 3)), dict(labels=np.array([0, -1])), "1 of 2 rows"),
+    ],
+)
+def test_data_that_cannot_be_are_named(data, given, named):
+    with pytest.raises(UserError, match=named):
+        rows(data, **given)
+
+
+def test_float16_is_promoted():
+    data = rows(np.ones((3, 2), np.float16))
+    assert data.tiles.dtype == data.square.dtype == jnp.float32
