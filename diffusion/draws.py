@@ -65,6 +65,25 @@ class Subset(NamedTuple):
     upper: Posterior
 
 
+class Moments(NamedTuple):
+    """Of the draws of one block, each field [S].
+
+    Attributes:
+      mean: over the draws.
+      spread: sum of squared deviations from it.
+    """
+
+    mean: Posterior
+    spread: Posterior
+
+
+def moments(found: Posterior) -> Moments:
+    """Moments over the last axis, the draws."""
+    mean = jax.tree.map(lambda v: jnp.mean(v, -1), found)
+    spread = jax.tree.map(lambda v, m: jnp.sum((v - m[..., None]) ** 2, -1), found, mean)
+    return Moments(mean, spread)
+
+
 def block(
     step: int, size: int, count: int, seed: int, *, subset: int = 0, antithetic: bool = False
 ) -> Block:

@@ -18,7 +18,6 @@ minus mean over the few) of the cheap one. What the cheap one lacks, bias includ
 from the value and stands in its error bar.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,16 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import UserError, reject
 from diffusion import draws
+from diffusion.plans import Plan, block_of, measured, plan_of
 from diffusion.preconditioning import check_sigmas
 from diffusion.rows import Rows, rows
 from diffusion.stratification import nearest_neighbours
-
-ESTIMATORS = ("exact", "dol", "cdol", "snis", "knn", "corrected")
-FORMS = ("trcov", "residual", "paired", "unpaired")
-RULES = ("paper", "tapered", "ht")
-BATCHES = 16  # Subsets at least, so that their spread can be told.
 
 
 class OptimalLoss(NamedTuple):
@@ -96,8 +90,8 @@ def estimate_optimal_loss(
       data: [N, ...] numbers, as `rows.rows` takes them.
       sigmas: noise levels s.
       key: of all noise, orders and subsets.
-      num_draws: of the outer mean; whole permutations of the rows.
-      estimator: one of `ESTIMATORS`.
+      num_draws: at least, of the outer mean; whole blocks, permutations of the rows.
+      estimator: one of `plans.ESTIMATORS`.
       form: trcov (least spread), residual, paired or unpaired (the paper's A - B).
       subset_size: L, of all but exact; 0: 2048 or N.
       c_rule: of cdol and corrected: "paper", "tapered", "ht" or C itself.
@@ -115,8 +109,6 @@ def estimate_optimal_loss(
       UserError: one of these cannot be; the sentence names it.
     """
     sigmas = check_sigmas(sigmas)
-    if num_draws < 1:
-        raise reject("estimator.num_draws", num_draws, "a whole number from 1 up")
     seed = int(jax.random.bits(jax.random.fold_in(key, 0)))
     options = dict(
         estimator=estimator,
@@ -194,142 +186,69 @@ def of_rows(
       seed: of orders and subsets.
       first: number of the first block; calls with other blocks are independent.
     """
-    count = int(data.count)
-    if estimator not in ESTIMATORS:
-        raise reject("estimator.name", estimator, f"one of {', '.join(ESTIMATORS)}")
-    if form not in FORMS:
-        raise reject("estimator.form", form, f"one of {', '.join(FORMS)}")
-    rule, constant = _rule(estimator, c_rule, neighbours)
-    size = subset_size or min(2048, count)
-    k = neighbours or (size // 2 - 1 if rule == "knn" else 0)
-    if estimator != "exact":
-        _check_subset(size, k, count)
-    block = _block(estimator, block, num_draws, antithetic, data.tiles.shape[-1], k)
-    levels = jnp.asarray(sigmas, data.square.dtype)
-    near = nearest_neighbours(data, k, precision) if rule == "knn" else None
-
-    def exact(part):
-        return [draws.exact(data, part, key, levels, precision)]
-
-    def cheap(part):
-        return list(draws.by_subset(data, part, key, levels, rule, constant, near, precision))
-
-    make = lambda step, subset: draws.block(
-        step, block, count, seed, subset=subset, antithetic=antithetic
+    plan = plan_of(
+        int(data.count),
+        data.tiles.shape[-1],
+        num_draws=num_draws,
+        estimator=estimator,
+        form=form,
+        subset_size=subset_size,
+        c_rule=c_rule,
+        neighbours=neighbours,
+        exact_draws=exact_draws,
+        antithetic=antithetic,
+        block=block,
     )
-    bar = lambda steps: tqdm(steps, desc="optimal loss", disable=None if progress else True)
-    steps = -(-num_draws // block)
-    square = _mean_square(data)
-    fold = 2 if antithetic else 1
-
-    def run(functions: Callable, chosen, cut):
-        found = []
-        for step in bar(chosen):
-            made = functions(make(first + step, size if estimator != "exact" else 0))
-            found.append(jax.tree.map(lambda a: np.asarray(a, np.float64), made))
-        return jax.tree.map(lambda *a: np.concatenate(a, -1)[:, :cut], *found)
-
-    shared = dict(square=square, form=form, sigmas=sigmas, data=data)
-    if estimator == "exact":
-        (all_rows,) = run(exact, range(steps), num_draws)
-        value = _mean(_values(all_rows, form, square), fold)
-        return _curve(all_rows, value, value, value, **shared)
-    if estimator != "corrected":
-        found, lower, upper = run(cheap, range(steps), num_draws)
-        low = _mean(lower.trcov, block)
-        up = _mean(upper.residual, block)
-        middle = {"dol": lower, "snis": upper}.get(estimator, found)
-        return _curve(middle, _mean(_values(middle, form, square), block), low, up, **shared)
-
-    few = max(1, -(-(exact_draws or num_draws // 8) // block))
-    many = run(cheap, range(few, few + steps), num_draws)
-    some = run(lambda part: exact(part) + cheap(part), range(few), few * block)
-    truth, base = (_values(some[i], form, square) for i in (0, 1))
-    value = _controlled(truth, base, _values(many[0], form, square), block)
-    low, up = _mean(many[1].trcov, block), _mean(many[2].residual, block)
-    return _curve(some[0], value, low, up, **shared)
+    levels = jnp.asarray(sigmas, data.square.dtype)
+    near = nearest_neighbours(data, plan.neighbours, precision) if plan.neighbours else None
+    found = []
+    for step in tqdm(
+        range(plan.steps), desc="optimal loss", disable=None if progress else True
+    ):
+        part = block_of(plan, first + step, seed)
+        made = measured(plan, step < plan.few, data, part, key, levels, near, precision)
+        found.append(jax.tree.map(lambda a: np.asarray(a, np.float64), made))
+    exact = [f.exact for f in found if f.exact is not None]
+    cheap = [f.cheap for f in found if f.cheap is not None]
+    stack = lambda many: jax.tree.map(lambda *a: np.stack(a), *many) if many else None
+    return curve_of(plan, sigmas, stack(exact), stack(cheap), *sizes(data))
 
 
-def _rule(estimator, c_rule, neighbours):
-    if estimator == "knn" or (estimator == "corrected" and neighbours):
-        return "knn", 1.0
-    if estimator == "snis":
-        return "snis", 1.0
-    if isinstance(c_rule, str) and c_rule in RULES:
-        return c_rule, 1.0
-    if isinstance(c_rule, int | float) and c_rule > 0:
-        return ("snis", 1.0) if np.isinf(c_rule) else ("constant", float(c_rule))
-    raise reject("estimator.c_rule", c_rule, f"one of {', '.join(RULES)}, or C above 0")
-
-
-def _check_subset(size, k, count):
-    if not 2 <= size <= count:
-        raise reject("estimator.subset_size", size, f"from 2 to the {count} rows there are")
-    if k and not 1 <= k < size - 1:
-        raise reject("estimator.neighbours", k, f"from 1 to {size - 2}, below L - 1")
-    if k and k >= count - 1:
-        raise reject("estimator.neighbours", k, f"below {count - 1}")
-
-
-def _block(estimator, block, num_draws, antithetic, dim, k):
-    if block < 1:
-        raise reject("estimator.block", block, "a whole number from 1 up")
-    if estimator != "exact":
-        block = min(block, max(2, num_draws // BATCHES))
-    if k:  # Every draw gathers rows of its own.
-        block = min(block, max(2, 2**26 // (k * dim)))
-    devices = draws.meshes.current()
-    fold = devices * 2 if antithetic else devices
-    return max(block - block % fold, fold)
-
-
-def _mean_square(data: Rows) -> float:
-    """A = E |x_0|^2 of uncentred rows."""
-    square = np.asarray(data.square, np.float64).sum() / int(data.count)
-    return float(square + (np.asarray(data.mean, np.float64) ** 2).sum())
-
-
-def _values(found, form, square):
-    if form == "unpaired":
-        return square - found.mean_square
-    return getattr(found, form)
-
-
-def _mean(values, group):
-    """Mean and standard error over the last axis, by means of groups that belong together."""
-    mean = values.mean(-1)
-    n = values.shape[-1] // group
-    if n < 2:
-        return mean, np.full(mean.shape, np.nan)
-    parts = values[..., : n * group].reshape(*values.shape[:-1], n, group).mean(-1)
-    return mean, parts.std(-1, ddof=1) / np.sqrt(n)
-
-
-def _controlled(truth, base, many, group):
-    """The control variate's value and standard error."""
-    by = lambda v: v[..., : v.shape[-1] // group * group].reshape(*v.shape[:-1], -1, group)
-    truth, base, many = (by(v).mean(-1) for v in (truth, base, many))
-    n, m = truth.shape[-1], many.shape[-1]
-    if n < 2 or m < 2:
-        raise UserError(
-            f"config.estimator.exact_draws and num_draws give {n} and {m} blocks of {group} "
-            "draws, but the correction needs at least 2 of each."
-        )
-    about = lambda v: v - v.mean(-1, keepdims=True)
-    covariance = np.sum(about(truth) * about(base), -1)
-    spread = np.sum(about(base) ** 2, -1)
-    # Of independent means over n and m groups; no correlation, no correction.
-    beta = np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0)
-    beta = np.clip(beta, 0, None) * m / (n + m)
-    value = truth.mean(-1) + beta * (many.mean(-1) - base.mean(-1))
-    rest = truth - beta[:, None] * base
-    error = rest.var(-1, ddof=1) / n + beta**2 * many.var(-1, ddof=1) / m
-    return value, np.sqrt(error)
-
-
-def _curve(found, value, low, up, *, square, form, sigmas, data):
-    del square, form
+def sizes(data: Rows) -> tuple[float, float]:
+    """A = E |x_0|^2 of uncentred rows, and the variance V."""
     variance = np.asarray(data.square, np.float64).sum() / int(data.count)
+    return float(variance + (np.asarray(data.mean, np.float64) ** 2).sum()), float(variance)
+
+
+def curve_of(
+    plan: Plan,
+    sigmas: np.ndarray,
+    exact: draws.Moments | None,
+    cheap: draws.Subset | None,
+    square: float,
+    variance: float,
+) -> OptimalLoss:
+    """Blocks, stacked along axis 0 as float64, as a curve.
+
+    Args:
+      plan: whose blocks they are; of "corrected" the first `few` of `cheap` go with `exact`.
+      sigmas: [S].
+      exact: moments [few, S].
+      cheap: moments [steps, S], or None.
+      square, variance: `sizes`.
+    """
+    if plan.estimator == "exact":
+        main = exact
+        value = low = up = _by_draw(exact, plan, square)
+    else:
+        low = _by_block(cheap.lower.mean.trcov)
+        up = _by_block(cheap.upper.mean.residual)
+        main = {"dol": cheap.lower, "snis": cheap.upper}.get(plan.estimator, cheap.corrected)
+        value = _by_block(_form(main.mean, plan.form, square))
+    if plan.estimator == "corrected":
+        base = _form(cheap.corrected.mean, plan.form, square)
+        truth = _form(exact.mean, plan.form, square)
+        value, main = _controlled(truth, base[: plan.few], base[plan.few :]), exact
     return OptimalLoss(
         sigmas=np.asarray(sigmas, np.float64),
         value=value[0],
@@ -338,9 +257,52 @@ def _curve(found, value, low, up, *, square, form, sigmas, data):
         upper=up[0],
         lower_err=low[1],
         upper_err=up[1],
-        ess=found.ess.mean(-1),
-        p_self=found.p_self.mean(-1),
+        ess=main.mean.ess.mean(0),
+        p_self=main.mean.p_self.mean(0),
         variance=np.array(variance),
-        num_draws=np.array(found.ess.shape[-1]),
-        dim=np.array(data.tiles.shape[-1]),
+        num_draws=np.array(len(main.mean.ess) * plan.block),
+        dim=np.array(plan.dim),
     )
+
+
+def _form(mean, form, square):
+    """Of block means: the mean of this form."""
+    return square - mean.mean_square if form == "unpaired" else getattr(mean, form)
+
+
+def _by_draw(found, plan, square):
+    """Mean and standard error where draws, or pairs of them, are independent."""
+    mean = _form(found.mean, plan.form, square)
+    name = "mean_square" if plan.form == "unpaired" else plan.form
+    if plan.fold > 1:  # Pairs are not independent; blocks of them are.
+        return _by_block(mean)
+    n = len(mean) * plan.block
+    if n < 2:
+        return mean.mean(0), np.full(mean.shape[1:], np.nan)
+    within = getattr(found.spread, name).sum(0)
+    between = plan.block * np.sum((mean - mean.mean(0)) ** 2, 0)
+    return mean.mean(0), np.sqrt((within + between) / (n - 1) / n)
+
+
+def _by_block(means):
+    """Mean and standard error where the draws of a block belong together."""
+    n = len(means)
+    if n < 2:
+        return means.mean(0), np.full(means.shape[1:], np.nan)
+    return means.mean(0), means.std(0, ddof=1) / np.sqrt(n)
+
+
+def _controlled(truth, base, many):
+    """The control variate's value and standard error, from block means."""
+    n, m = len(truth), len(many)
+    about = lambda v: v - v.mean(0)
+    covariance = np.sum(about(truth) * about(base), 0)
+    spread = np.sum(about(base) ** 2, 0)
+    # Of independent means over n and m blocks; no correlation, no correction.
+    beta = np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0)
+    beta = np.clip(beta, 0, None) * m / (n + m)
+    value = truth.mean(0) + beta * (many.mean(0) - base.mean(0))
+    rest = truth - beta * base
+    # Two numbers, the mean and beta, were fitted.
+    error = np.sum(about(rest) ** 2, 0) / max(n - 2, 1) / n + beta**2 * many.var(0, ddof=1) / m
+    return value, np.sqrt(error)

@@ -8,7 +8,8 @@ import pytest
 from common import mesh as meshes
 from common.errors import UserError
 from diffusion import draws
-from diffusion.estimators import FORMS, estimate_optimal_loss
+from diffusion.estimators import estimate_optimal_loss
+from diffusion.plans import FORMS
 from diffusion.rows import rows
 from diffusion.stratification import nearest_neighbours
 from tests.diffusion.digits import brute, digits, noise
