@@ -40,8 +40,9 @@ class Experiment(NamedTuple):
       step: traced; (state, batch, key) -> (state, scalar metrics). State is donated.
         The metrics must contain something that sees the update, such as its norm:
         the loop stops when one is not finite.
-      batch: host; step -> arrays whose first axis is split over the devices. The
-        same step gives the same batch, so no iterator has to be saved.
+      batch: host; step -> arrays whose first axis is split over the devices, but for
+        those that are on devices already. The same step gives the same batch, so no
+        iterator has to be saved.
       evaluate: host, may jit inside; (state, key) -> metrics. Never changes state.
       report: host; ({run name: Run}, folder for figures) -> Report.
       adopt: host; (fresh state, donor's state) -> state, for `config.init_from`.

@@ -77,14 +77,30 @@ def place(shapes: Any, rules: tuple, mesh: Mesh) -> Any:
 
 
 def to_devices(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays -> global arrays split along axis 0; each process copies its rows."""
+    """Host arrays -> global arrays split along axis 0; each process copies its rows.
+
+    Arrays that are on devices stay as they are: a data set that every step reads.
+    """
     sharding = NamedSharding(mesh, P("data"))
+
+    def put(array):
+        if isinstance(array, jax.Array):
+            return array
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, batch)
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays -> global arrays, whole on every device."""
+    sharding = NamedSharding(mesh, P())
 
     def put(array):
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(put, tree)
 
 
 def current(axis: str = "data") -> int:

@@ -84,6 +84,13 @@ def moments(found: Posterior) -> Moments:
     return Moments(mean, spread)
 
 
+def zeros(levels: int) -> Moments:
+    """Moments of no draws, float32 [levels]."""
+    # An array each: a run gives its state away leaf by leaf.
+    none = lambda: Posterior(*(jnp.zeros(levels) for _ in Posterior._fields))
+    return Moments(none(), none())
+
+
 def block(
     step: int, size: int, count: int, seed: int, *, subset: int = 0, antithetic: bool = False
 ) -> Block:
@@ -114,7 +121,8 @@ def block(
     )
 
 
-def _queries(part: Block, key, x0) -> Queries:
+def queries(part: Block, key: jax.Array, x0: Float[Array, "b d"]) -> Queries:
+    """The draws of a block from its centred rows."""
     draw = lambda number: jax.random.normal(
         jax.random.fold_in(key, number), x0.shape[1:], x0.dtype
     )
@@ -129,6 +137,7 @@ def exact(
     key: jax.Array,
     sigmas: Float[Array, " s"],
     precision: str = "highest",
+    label: Int[Array, " b"] | None = None,
 ) -> Posterior:
     """Posteriors by all rows, [S, B].
 
@@ -138,16 +147,19 @@ def exact(
       key: of all noise.
       sigmas: noise levels, which share the draws.
       precision: of the products.
+      label: [B], class of each draw's row: only its rows count. `data` has the labels, too.
     """
 
-    def local(data, part, key, sigmas):
-        queries = _queries(part, key, _everywhere(fetch(data, part.index)))
-        sums = accumulate(nothing(len(sigmas), queries), data, queries, sigmas, precision)
+    def local(data, part, key, sigmas, label):
+        some = queries(part, key, whole_rows(data, part.index))
+        if label is not None:
+            some = some._replace(label=label)
+        sums = accumulate(nothing(len(sigmas), some), data, some, sigmas, precision)
         if meshes.current() > 1:
             sums = merged_over(sums, "data")
-        return finish(finished(sums, queries), queries, data.mean)
+        return finish(finished(sums, some), some, data.mean)
 
-    return _over_rows(local, (SPLIT, P(), P(), P()), P())(data, part, key, sigmas)
+    return over_rows(local, (SPLIT, P(), P(), P(), P()), P())(data, part, key, sigmas, label)
 
 
 @partial(jax.jit, static_argnames=("rule", "precision"))
@@ -173,33 +185,33 @@ def by_subset(
     """
 
     def local(data, part, key, sigmas, neighbours):
-        gather = lambda i: _everywhere(fetch(data, i))
+        gather = lambda i: whole_rows(data, i)
         mine = part._replace(
             index=_share(part.index), number=_share(part.number), sign=_share(part.sign)
         )
         # Every device must ask for the same rows, those of all draws.
-        queries = _queries(mine, key, _share(gather(part.index)))
+        some = queries(mine, key, _share(gather(part.index)))
         few = _as_rows(gather(part.subset), part.subset, data.mean)
         held = jnp.any(part.subset == mine.index[:, None], -1)
-        plain = accumulate(nothing(len(sigmas), queries), few, queries, sigmas, precision)
-        plain = finished(plain, queries)
+        plain = accumulate(nothing(len(sigmas), some), few, some, sigmas, precision)
+        plain = finished(plain, some)
         if rule == "knn":
             near = neighbours[part.index]
             rows_near = gather(near.reshape(-1)).reshape(*near.shape, -1)
             sums = _stratified(
-                few, queries, _share(near), _share(rows_near), sigmas, data.count, precision
+                few, some, _share(near), _share(rows_near), sigmas, data.count, precision
             )
-            corrected = finish(sums, queries, data.mean)
+            corrected = finish(sums, some, data.mean)
         else:
-            log_c = _log_c(rule, constant, _others(few, queries), few, data.count, held)
-            corrected = finish(plain, queries, data.mean, -log_c)
-        lower = finish(plain, queries, data.mean)
+            log_c = _log_c(rule, constant, _others(few, some), few, data.count, held)
+            corrected = finish(plain, some, data.mean, -log_c)
+        lower = finish(plain, some, data.mean)
         chance = jnp.where(held, 0.0, -jnp.inf)
-        upper = finish(plain, queries, data.mean, chance)
+        upper = finish(plain, some, data.mean, chance)
         return Subset(corrected, lower, upper)
 
     specs = (SPLIT, P(), P(), P(), P())
-    return _over_rows(local, specs, P(None, "data"))(data, part, key, sigmas, neighbours)
+    return over_rows(local, specs, P(None, "data"))(data, part, key, sigmas, neighbours)
 
 
 def _stratified(few, queries, near, rows_near, sigmas, count, precision):
@@ -256,7 +268,8 @@ def _log_c(rule, constant, others, few, count, held):
     return made[rule]()
 
 
-def _over_rows(local: Callable, in_specs: tuple, out_specs) -> Callable:
+def over_rows(local: Callable, in_specs: tuple, out_specs) -> Callable:
+    """`shard_map` over the axis "data" of the mesh in use; as it is on one device."""
     if meshes.current() == 1:
         return local
     return jax.shard_map(
@@ -264,7 +277,9 @@ def _over_rows(local: Callable, in_specs: tuple, out_specs) -> Callable:
     )
 
 
-def _everywhere(rows):
+def whole_rows(data: Rows, index: Int[Array, " b"]) -> Float[Array, "b d"]:
+    """Centred rows, wherever they are; inside `over_rows`."""
+    rows = fetch(data, index)
     # Devices that lack a row have zeros there.
     return jax.lax.psum(rows, "data") if meshes.current() > 1 else rows
 

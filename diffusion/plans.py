@@ -107,17 +107,25 @@ def measured(
     levels: jax.Array,
     near: jax.Array | None,
     precision: str,
+    label: jax.Array | None = None,
 ) -> Found:
-    """Moments of one block. One program for all plans of a rule, whatever C, s and the key."""
+    """Moments of one block. One program for all plans of a rule, whatever C, s and the key.
+
+    `label`, the class of each draw, is for exact sums alone.
+    """
     rule = "" if plan.estimator == "exact" else plan.rule
-    return _measured(rule, with_exact, precision, data, part, key, levels, near, plan.constant)
+    return _measured(
+        rule, with_exact, precision, data, part, key, levels, near, plan.constant, label
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _measured(rule, with_exact, precision, data, part, key, levels, near, constant) -> Found:
+def _measured(
+    rule, with_exact, precision, data, part, key, levels, near, constant, label
+) -> Found:
     exact = cheap = None
     if with_exact:
-        exact = draws.moments(draws.exact(data, part, key, levels, precision))
+        exact = draws.moments(draws.exact(data, part, key, levels, precision, label))
     if rule:
         found = draws.by_subset(data, part, key, levels, rule, constant, near, precision)
         cheap = draws.Subset(*(draws.moments(each) for each in found))

@@ -225,13 +225,8 @@ def finish(
       log_source: 0 for the posterior; -log C for the corrected estimator; -inf leaves the
         source out, for a subset that is independent of it.
     """
-    log_source = jnp.asarray(log_source, sums.top.dtype)
-    top = jnp.maximum(sums.top, log_source)
-    others, own = jnp.exp(sums.top - top), jnp.exp(log_source - top)
-    whole = others * sums.weight + own
+    shift, others, own, whole = shifted(sums, queries, log_source)
     x0 = queries.x0
-    shift = sums.rows - sums.weight[..., None] * x0
-    shift = (others / whole)[..., None] * shift
     residual = jnp.sum(shift**2, -1)
     along = jnp.sum(shift * (x0 + mean), -1)
     return Posterior(
@@ -242,6 +237,19 @@ def finish(
         p_self=own / whole,
         ess=whole**2 / (others**2 * sums.square + own**2),
     )
+
+
+def shifted(
+    sums: Sums, queries: Queries, log_source: float | Array = 0.0
+) -> tuple[Array, Array, Array, Array]:
+    """mu - x_0 [S, B, D], and the weights [S, B] behind it: the factor of the other rows,
+    the source's, and all of them together. Arguments as of `finish`."""
+    log_source = jnp.asarray(log_source, sums.top.dtype)
+    top = jnp.maximum(sums.top, log_source)
+    others, own = jnp.exp(sums.top - top), jnp.exp(log_source - top)
+    whole = others * sums.weight + own
+    shift = sums.rows - sums.weight[..., None] * queries.x0
+    return (others / whole)[..., None] * shift, others, own, whole
 
 
 def optimal_denoiser(

@@ -35,7 +35,9 @@ def test_loops_count_as_often_as_they_run():
     w = jnp.ones((4, 4))
 
     def loop(x):
-        return jax.lax.scan(lambda h, _: (jax.jit(jnp.matmul)(h, w), None), x, None, length=7)[0]
+        return jax.lax.scan(lambda h, _: (jax.jit(jnp.matmul)(h, w), None), x, None, length=7)[
+            0
+        ]
 
     assert flops(loop, w) == 7 * 2 * 4**3
     assert flops(jax.checkpoint(loop), w) == 7 * 2 * 4**3

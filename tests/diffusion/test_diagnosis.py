@@ -1,0 +1,115 @@
+"""Loss, floor and gap of denoisers that are known: optimal, linear, shifted, broken."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import mesh as meshes
+from common.errors import UserError
+from diffusion import diagnosis as dg
+from diffusion.posterior import optimal_denoiser
+from diffusion.rows import rows
+from tests.diffusion.digits import brute, digits, noise
+
+KEY = jax.random.key(5)
+LEVELS = [0.2, 0.6, 1.0, 4.0, 40.0]
+
+
+def shifted(params, condition):
+    """Off by a constant from c_skip x."""
+    del condition
+    return lambda x, s: x / (1 + s.reshape(-1, 1, 1, 1) ** 2) + params
+
+
+def measured(of_condition, params, **given):
+    given = dict(shape=(8, 8, 1), num_draws=512, block=128) | given
+    data = given.pop("data", None) or rows(np.float32(digits()), tile=600)
+    return dg.diagnose(data, of_condition, params, LEVELS, KEY, **given)
+
+
+def test_the_optimal_denoiser_has_no_gap():
+    """Its loss is the floor up to noise, and its distance from the optimum is nothing."""
+    data = rows(np.float32(digits()), tile=600)
+    found = measured(lambda params, condition: optimal_denoiser(params), data, data=data)
+    np.testing.assert_allclose(found.distance, 0, atol=1e-9)
+    assert (np.abs(found.gap) <= 3 * found.gap_err + 1e-9).all()
+    np.testing.assert_allclose(found.loss - found.floor, found.gap, atol=1e-7)
+
+
+def test_the_gap_is_found_in_two_ways_that_agree():
+    """Check 14: loss minus optimum, and E |D - D*|^2."""
+    found = measured(shifted, jnp.float32(0.1), num_draws=1797)
+    bar = 3 * np.hypot(found.gap_err, found.distance_err)
+    assert (np.abs(found.gap - found.distance) <= bar).all()
+    assert (found.distance > 0).all()
+    assert (found.gap >= -2 * found.gap_err).all()
+
+
+def test_losses_are_those_of_the_draws():
+    """All fields against brute force in float64 on the same draws."""
+    found = measured(shifted, jnp.float32(0.2), num_draws=128)
+    from diffusion import draws
+
+    part = draws.block(0, 128, 1797, 0)
+    eps = noise(KEY, part.number, 64)
+    x0 = digits()[part.index]
+    for i, s in enumerate(LEVELS):
+        out = (x0 + s * eps) / (1 + s**2) + 0.2
+        loss = ((out - x0) ** 2).mean(1)
+        floor = brute(digits(), part.index, eps, s) / 64
+        assert found.loss[i] == pytest.approx(loss.mean(), rel=1e-5)
+        assert found.loss_err[i] == pytest.approx(loss.std(ddof=1) / 128**0.5, rel=1e-4)
+        assert found.floor[i] == pytest.approx(floor.mean(), rel=1e-3, abs=1e-9)
+        gap = loss - floor
+        assert found.gap_err[i] == pytest.approx(gap.std(ddof=1) / 128**0.5, rel=1e-3)
+
+
+def test_eight_devices_equal_one():
+    one = measured(shifted, jnp.float32(0.1))
+    mesh = meshes.make()
+    with jax.set_mesh(mesh):
+        data = rows(np.float32(digits()), tile=600, mesh=mesh)
+        eight = measured(shifted, jnp.float32(0.1), data=data)
+    for name in ("loss", "floor", "gap", "distance"):
+        a, b = getattr(eight, name), getattr(one, name)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_class_is_told_and_its_rows_alone_are_the_floor():
+    labels = np.arange(1797) % 5
+    data = rows(np.float32(digits()), tile=600, labels=labels)
+    told = lambda params, condition: optimal_denoiser(params, condition["label"])
+    found = measured(told, data, data=data, labels=labels)
+    np.testing.assert_allclose(found.distance, 0, atol=1e-9)
+    plain = measured(shifted, jnp.float32(0.0))
+    assert (found.floor <= plain.floor + 1e-9).all()
+    assert found.floor[2] < 0.9 * plain.floor[2]
+
+
+def test_a_loss_below_the_optimum_is_refused():
+    """As of a model that knows the rows it is asked about."""
+    found = measured(shifted, jnp.float32(0.1))
+    dg.check(found)
+    below = found._replace(gap=found.gap - 2 * found.gap - 10 * found.gap_err)
+    with pytest.raises(UserError, match="below the optimum"):
+        dg.check(below)
+
+
+def test_a_denoiser_without_numbers_is_named():
+    broken = lambda params, condition: lambda x, s: jnp.where(s[0] > 3, jnp.nan, x)
+    with pytest.raises(UserError, match="sigma = 4"):
+        measured(broken, ())
+
+
+def test_totals_and_bands():
+    found = measured(shifted, jnp.float32(0.1))
+    flat = dg.total(found, lambda s: s**0, lambda s: s**0, ["loss"])["loss"]
+    x = np.log(LEVELS)
+    assert flat == pytest.approx(np.trapezoid(found.loss, x) / (x[-1] - x[0]))
+    middle, gap, error = dg.bands(found, 2)
+    assert len(middle) == 2
+    cut = np.sqrt(0.2 * 40)
+    low = np.array(LEVELS) < cut
+    assert gap[0] == pytest.approx(found.gap[low].mean())
+    assert error[1] == pytest.approx(np.sqrt((found.gap_err[~low] ** 2).sum()) / (~low).sum())

@@ -1,0 +1,269 @@
+"""Training and estimation runs: placement changes nothing, resuming changes no bit."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import config as configs
+from common import loop, metrics, runner
+from common import mesh as meshes
+from common.errors import UserError
+from diffusion import curve
+from diffusion.estimation import result
+from diffusion.estimators import estimate_optimal_loss
+from diffusion.optimal_schedule import middles
+from tests.common.test_loop import Never
+from tests.diffusion.digits import digits
+
+
+def config(devices=1, experiment="diffusion.optimal_loss", **changes):
+    made = configs.load("configs/optimal_loss.py:test")
+    made.runs = {}
+    made.experiment = experiment
+    made.mesh.data = devices
+    made.eval.samples = 0
+    configs.apply(made, changes)
+    return made
+
+
+def started(c):
+    """The experiment of a config, its placed state and its compiled step."""
+    mesh = meshes.make(**c.mesh)
+    made = runner.make(c)
+    placed = loop.shapes(made, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    state = jax.jit(made.init, out_shardings=shardings)(jax.random.key(0))
+    return made, state, loop.stepper(made, placed)
+
+
+def trained(many, measure=False, donor=None, **changes):
+    c = config(**changes)
+    with jax.set_mesh(mesh := meshes.make(**c.mesh)):
+        made, state, step = started(c)
+        if donor is not None:
+            state = made.adopt(state, donor)
+        for i in range(many):
+            batch = meshes.to_devices(made.batch(i), mesh)
+            state, values = step(state, batch, jax.random.key(1), jnp.uint32(i))
+        found = made.evaluate(state, jax.random.key(2)) if measure else {}
+        return c, jax.device_get(state), jax.device_get(values), found
+
+
+EXACT = dict(experiment="diffusion.estimate", steps=6)
+
+
+@pytest.fixture(scope="module")
+def floor():
+    return trained(6, measure=True, **EXACT)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return trained(3)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(accumulate=4), dict(devices=8), dict(devices=4, accumulate=2)], ids=str
+)
+def test_placement_and_accumulation_change_nothing(plain, changes):
+    _, state, values, _ = trained(3, **changes)
+    chex.assert_trees_all_close(state.params, plain[1].params, atol=2e-5)
+    assert values["loss"] == pytest.approx(plain[2]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_estimation_run_is_the_estimator(floor, devices):
+    c, state, _, found = floor if devices == 1 else trained(6, True, devices=8, **EXACT)
+    loss = result(c.estimator.name, c.estimator.form, 1, state)
+    assert len(loss.sigmas) == 10
+    assert (np.diff(loss.sigmas) > 0).all()
+    again = estimate_optimal_loss(
+        digits(), loss.sigmas, jax.random.key(9), num_draws=3 * 1797, block=599
+    )
+    error = np.hypot(loss.stderr, again.stderr)
+    assert (np.abs(loss.value - again.value) <= 4 * error + 1e-9).all()
+    np.testing.assert_allclose(found["value"], loss.value)
+    assert 0.15 < found["sigma_star"] < 0.6  # Between two of the few levels.
+    if devices == 8:
+        np.testing.assert_allclose(
+            loss.value, result("exact", "trcov", 1, floor[1]).value, rtol=1e-4
+        )
+
+
+def test_added_levels_surround_the_rise(floor):
+    c, state, *_ = floor
+    added = state.sigmas[c.estimator.points :]
+    assert added[0] < 0.46 < added[-1]
+    assert added[-1] / added[0] == pytest.approx(12, rel=1e-3)
+    # They count from the block on that chose them.
+    assert (state.exact.mean.trcov[: c.estimator.pilot, -1] > 10).all()
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        dict(name="cdol", subset_size=128, c_rule="paper"),
+        dict(name="knn", subset_size=64, neighbours=16),
+        dict(name="corrected", subset_size=128, exact_blocks=4),
+    ],
+    ids=lambda e: e["name"],
+)
+def test_estimation_runs_of_subsets(floor, estimator):
+    steps = 10
+    given = dict(experiment="diffusion.estimate", steps=steps, estimator=estimator)
+    c, state, _, found = trained(steps, measure=True, **given)
+    loss = result(c.estimator.name, "trcov", 1, state)
+    exact = result("exact", "trcov", 1, floor[1])
+    last = loss.value[-1], exact.value[-1]
+    assert last[0] == pytest.approx(last[1], rel=0.05)
+    assert (loss.lower[2:] <= exact.value.max()).all()
+    assert (loss.upper >= loss.lower - 1e-6).all()
+    assert np.isfinite(found["stderr"]).all()
+
+
+def test_classes_have_lower_floors(floor):
+    given = dict(data=dict(class_cond=True), **EXACT)
+    _, state, *_ = trained(6, **given)
+    told, whole = result("exact", "trcov", 1, state), result("exact", "trcov", 1, floor[1])
+    i, j = np.argmin(np.abs(told.sigmas - 1)), np.argmin(np.abs(whole.sigmas - 1))
+    assert told.value[i] < whole.value[j]
+
+
+def test_the_schedule_takes_over_the_curve(floor):
+    c, state, values, _ = trained(
+        3,
+        donor=floor[1],
+        init_from="floor-seed0",
+        schedule=dict(kind="optimal_loss", optimal=dict(warm=16, every=16)),
+    )
+    smooth = curve.smooth(result("exact", "trcov", 1, floor[1]))
+    s = np.exp(middles(c.schedule.sigma_min, c.schedule.sigma_max, 64))
+    want = curve.interpolate(smooth, s) / 64
+    np.testing.assert_allclose(state.schedule.floor, want, rtol=1e-5, atol=1e-9)
+    assert state.schedule.variance == pytest.approx(18.773105 / 64, rel=1e-4)
+    assert float(state.schedule.images) == 48
+    assert np.isfinite(values["loss"])
+
+
+@pytest.mark.parametrize("model", ["mlp", "edm2"])
+def test_the_learned_log_loss_is_learned(model):
+    edm2 = dict(model_channels=16, channel_mult=(1,), attn_resolutions=(), num_blocks=1)
+    edm2 |= dict(channels_per_head=16)
+    given = dict(schedule=dict(kind="edm2"), model=dict(name=model, edm2=edm2), steps=40)
+    _, state, values, _ = trained(3, **given)
+    assert np.isfinite(values["loss"])
+    if model == "mlp":
+        assert np.abs(state.params["log_loss"]).max() > 0
+    else:
+        assert "log_loss" not in state.params
+
+
+def test_a_model_learns_and_its_gap_is_no_debt():
+    given = dict(steps=300, batch_size=128, model=dict(mlp=dict(width=64)))
+    *_, before = trained(1, measure=True, **given)
+    *_, found = trained(300, measure=True, **given)
+    assert found["edm_gap"] < 0.7 * before["edm_gap"]
+    assert (found["gap"] >= -3 * np.maximum(found["gap_err"], 1e-9)).all()
+    assert found["edm_loss"] - found["edm_floor"] == pytest.approx(found["edm_gap"], rel=1e-4)
+    assert found["images"] == 300 * 128
+    # 6 FLOPs a parameter and image, but for the first layer, whose input needs no gradient.
+    first = 80 * 64
+    want = 6 * found["params"] - 2 * first
+    assert found["flops"] / found["images"] == pytest.approx(want, rel=0.03)
+
+
+def test_flows_and_powers():
+    """Two averages of power functions, labels dropped, augmentation, flow matching."""
+    unet = dict(model_channels=8, channel_mult=(1,), num_blocks=1)
+    given = dict(
+        process=dict(name="fm_linear"),
+        target="velocity",
+        data=dict(class_cond=True),
+        label_drop=0.5,
+        augment=0.5,
+        ema=dict(kind="power"),
+        model=dict(name="unet", dropout=0.1, unet=unet | dict(attn_resolutions=())),
+    )
+    _, state, values, _ = trained(2, **given)
+    assert len(state.averages.trees) == 2
+    assert np.isfinite(values["loss"])
+    assert values["update_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(schedule=dict(kind="optimal_loss", optimal=dict(warm=32, every=32))),
+        dict(experiment="diffusion.estimate"),
+    ],
+    ids=["training", "estimation"],
+)
+def test_resuming_changes_no_bit(changes, tmp_path, floor):
+    given = dict(save_every=2, log_every=1) | changes
+    if "schedule" in changes:
+        given["init_from"] = "elsewhere"
+    states = []
+    for name, stops in (("whole", [6]), ("broken", [3, 6])):
+        for stop in stops:
+            c = config(**given, steps=stop) if "schedule" in changes else config(**given)
+            c.steps = 6
+            made = runner.make(c)
+            short = made._replace(evaluate=None)
+            c.steps = stop
+            with jax.set_mesh(meshes.make(**c.mesh)):
+                donor = (lambda: floor[1]) if c.init_from else None
+                loop.train(short, c, tmp_path / name, Never(), donor)
+        rows = metrics.read(tmp_path / name / "metrics.jsonl")
+        states.append((rows, runner.load(made, c, tmp_path / name, name).state()))
+    assert states[0][0] == states[1][0]
+    chex.assert_trees_all_equal(*(jax.device_get(s) for _, s in states))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(batch_size=0), "batch_size"),
+        (dict(accumulate=3), "accumulate"),
+        (dict(label_drop=0.1), "label_drop"),
+        (dict(augment=2.0), "augment"),
+        (dict(schedule=dict(kind="optimal_loss")), "init_from"),
+        (dict(schedule=dict(kind="cosine")), "schedule.kind"),
+        (dict(process=dict(name="wp")), "process.name"),
+        (dict(target="mu"), "target"),
+        (dict(model=dict(name="unets")), "model.name"),
+        (dict(model=dict(noise_input="raw")), "model.noise_input"),
+        (dict(model=dict(sigma_data=0.0)), "sigma_data"),
+        (dict(optim=dict(rate="step")), "optim.rate"),
+        (dict(ema=dict(kind="mean")), "ema.kind"),
+        (dict(eval=dict(features="fid")), "eval.features"),
+        (dict(eval=dict(samples=8, features="inception")), "eval.weights"),
+        (dict(eval=dict(draws=1)), "eval.draws"),
+        (dict(data=dict(path="nowhere.npz")), "nowhere.npz"),
+        (dict(data=dict(path="gaussian:8")), "gaussian:HxWxC"),
+        (dict(data=dict(num_rows=5000)), "num_rows"),
+        (dict(experiment="diffusion.estimate", estimator=dict(pilot=0)), "pilot"),
+        (dict(experiment="diffusion.estimate", estimator=dict(points=1)), "points"),
+        (dict(experiment="diffusion.estimate", estimator=dict(tau=0.0)), "tau"),
+        (dict(experiment="diffusion.estimate", estimator=dict(name="best")), "estimator.name"),
+        (
+            dict(experiment="diffusion.estimate", estimator=dict(name="cdol", c_rule="-1")),
+            "c_rule",
+        ),
+        (
+            dict(
+                experiment="diffusion.estimate",
+                data=dict(class_cond=True),
+                estimator=dict(name="dol"),
+            ),
+            "class_cond",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_named(changes, said):
+    c = config()
+    configs.apply(c, changes)
+    with pytest.raises(UserError, match=said):
+        runner.make(c)
