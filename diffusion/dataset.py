@@ -55,11 +55,11 @@ def dataset(
 def _read(path: str, options: tuple) -> im.Images:
     given = dict(options)
     if path.startswith("gaussian:"):
-        return _gaussian(path, given["num_rows"] or 512, given["seed"], given["class_cond"])
+        return _gaussian(path, given["num_rows"] or 512, given["seed"])
     return im.load(path, **given)
 
 
-def _gaussian(path: str, count: int, seed: int, class_cond: bool) -> im.Images:
+def _gaussian(path: str, count: int, seed: int) -> im.Images:
     try:
         shape = tuple(int(n) for n in path.removeprefix("gaussian:").split("x"))
         assert len(shape) == 3 and min(shape) > 0  # noqa: PT018
@@ -69,7 +69,7 @@ def _gaussian(path: str, count: int, seed: int, class_cond: bool) -> im.Images:
         print(f"note: config.data.path is {path}: random numbers, no images", file=sys.stderr)
     rng = np.random.default_rng(seed)
     pixels = 0.5 * rng.standard_normal((count, *shape), np.float32)
-    labels = np.arange(count, dtype=np.int32) % 1000 if class_cond else None
+    labels = np.arange(count, dtype=np.int32) % 10
     one = np.ones(shape[-1], np.float32)
     return im.Images(pixels, labels, (), "", 0 * one, one, path, path, path, 0)
 

@@ -123,10 +123,13 @@ def block(
 
 def queries(part: Block, key: jax.Array, x0: Float[Array, "b d"]) -> Queries:
     """The draws of a block from its centred rows."""
-    draw = lambda number: jax.random.normal(
-        jax.random.fold_in(key, number), x0.shape[1:], x0.dtype
+    draw = lambda number, sign: (
+        sign * jax.random.normal(jax.random.fold_in(key, number), x0.shape[1:], x0.dtype)
     )
-    eps = jax.vmap(draw)(part.number) * part.sign.astype(x0.dtype)[:, None]
+    # Random bits take several times the room of the numbers made of them: some at a time.
+    some = max(1, len(part.number) // 8)
+    given = (part.number, part.sign.astype(x0.dtype))
+    eps = jax.lax.map(lambda one: draw(*one), given, batch_size=some)
     return Queries(x0, eps, part.index, jnp.full_like(part.index, ABSENT))
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from diffusion.preconditioning import Denoiser
-from diffusion.rows import ABSENT, Rows, numbers
+from diffusion.rows import ABSENT, Rows, fold
 
 
 class Queries(NamedTuple):
@@ -105,47 +105,61 @@ def accumulate(
       sigmas: noise levels s > 0.
       precision: of the products, as in `jax.lax.Precision`; sums are float32 or wider.
     """
-    one = len(sigmas) == 1
     dot = partial(jnp.matmul, precision=precision)
-    own = jnp.sum(queries.x0**2, -1)[:, None]
-    across = jnp.sum(queries.x0 * queries.eps, -1)[:, None]
-    if one:
-        s = sigmas[0]
-        both = queries.x0 / s**2 + queries.eps / s
-        shift = 0.5 * own / s**2 + across / s
-    else:
-        both = jnp.concatenate([queries.x0, queries.eps])
+    if len(sigmas) > 1:
+        return fold(_together(dot, queries, sigmas), sums, data)
+    # Without the axis of levels each sum takes the place of the one before it.
+    begun = jax.tree.map(lambda a: a[0], sums)
+    done = fold(_alone(dot, queries, sigmas[0]), begun, data)
+    return jax.tree.map(lambda a: a[None], done)
 
-    def tile(sums, part):
-        stored, square, index, label = part
-        y = numbers(stored, data)
+
+def _alone(dot, queries, s):
+    """|x_0 - y|^2 and eps . y in one product; the distance follows from the sums."""
+    own, across = _own(queries)
+    both = queries.x0 / s**2 + queries.eps / s
+    shift = 0.5 * own / s**2 + across / s
+
+    def add(sums, y, square, index, label):
+        logit = dot(both, y.T) - 0.5 * square / s**2 - shift
+        logit = jnp.where(_counts(queries, index, label), logit, -jnp.inf)
+        return _add(dot, sums, y, logit, square)
+
+    return add
+
+
+def _together(dot, queries, sigmas):
+    """The products with x_0 and with eps serve all levels."""
+    own, across = _own(queries)
+
+    def add(sums, y, square, index, label):
         there = _counts(queries, index, label)
-        product = dot(both, y.T)
-        if one:
-            # |x_0 - y|^2 and eps . y in one product; the distance follows from the sums.
-            logit = product - 0.5 * square / s**2 - shift
-            each = (sigmas, *sums)
-            more = partial(_add, dot, y, lambda _: jnp.where(there, logit, -jnp.inf), square)
-        else:
-            near, noise = jnp.split(product, 2)
-            size = own + square
-            distance = size - 2 * near
-            # Below rounding it is a copy of the row.
-            tiny = 4 * jnp.finfo(distance.dtype).eps
-            apart = distance > tiny * size
-            distance = jnp.where(apart, distance, 0)
-            gain = jnp.where(apart, noise - across, 0)
+        size = own + square
+        distance = size - 2 * dot(queries.x0, y.T)
+        # Below rounding it is a copy of the row.
+        apart = distance > 4 * jnp.finfo(distance.dtype).eps * size
+        distance = jnp.where(apart, distance, 0)
+        gain = jnp.where(apart, dot(queries.eps, y.T) - across, 0)
 
-            def logits(s):
-                logit = -0.5 * distance / s**2 + gain / s
-                return jnp.where(there, logit, -jnp.inf)
+        def level(i, sums):
+            s = sigmas[i]
+            logit = jnp.where(there, -0.5 * distance / s**2 + gain / s, -jnp.inf)
+            take = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
+            put = lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, 0)
+            new = _add(dot, jax.tree.map(take, sums), y, logit, distance)
+            return jax.tree.map(put, sums, new)
 
-            each = (sigmas, *sums)
-            more = partial(_add, dot, y, logits, distance)
-        return jax.lax.scan(lambda _, level: (None, more(level)), None, each)[1], None
+        return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(len(sigmas)), level, sums)
 
-    parts = (data.tiles, data.square, data.index, data.label)
-    return jax.lax.scan(tile, sums, parts)[0]
+    return add
+
+
+def _own(queries):
+    """|x_0|^2 and x_0 . eps, [B, 1]."""
+    return (
+        jnp.sum(queries.x0**2, -1)[:, None],
+        jnp.sum(queries.x0 * queries.eps, -1)[:, None],
+    )
 
 
 def _counts(queries, index, label):
@@ -155,10 +169,9 @@ def _counts(queries, index, label):
     return there & ((wanted == ABSENT) | (label == wanted))
 
 
-def _add(dot, y, logits, distance, level) -> Sums:
-    """One tile for one noise level."""
-    s, top, weight, rows, total, square = level
-    logit = logits(s)
+def _add(dot, sums, y, logit, distance) -> Sums:
+    """Some rows, for one noise level."""
+    top, weight, rows, total, square = sums
     new = jnp.maximum(top, jnp.max(logit, -1))
     before = jnp.exp(top - new)
     w = jnp.exp(logit - new[:, None])
@@ -176,7 +189,7 @@ def finished(sums: Sums, queries: Queries) -> Sums:
     if len(sums.top) > 1:
         return sums
     x0 = queries.x0
-    about = sums.distance - 2 * jnp.einsum("sbd,bd->sb", sums.rows, x0)
+    about = sums.distance - 2 * jnp.sum(sums.rows * x0, -1)
     size = sums.weight * jnp.sum(x0**2, -1)
     about = about + size
     # Below rounding the rows are copies of the source.
@@ -225,18 +238,27 @@ def finish(
       log_source: 0 for the posterior; -log C for the corrected estimator; -inf leaves the
         source out, for a subset that is independent of it.
     """
-    shift, others, own, whole = shifted(sums, queries, log_source)
     x0 = queries.x0
-    residual = jnp.sum(shift**2, -1)
-    along = jnp.sum(shift * (x0 + mean), -1)
-    return Posterior(
-        trcov=jnp.maximum(others * sums.distance / whole - residual, 0),
-        residual=residual,
-        paired=-2 * along - residual,
-        mean_square=jnp.sum((x0 + mean) ** 2, -1) + 2 * along + residual,
-        p_self=own / whole,
-        ess=whole**2 / (others**2 * sums.square + own**2),
-    )
+    # No x_0 + mean, which would be kept from before the pass to here.
+    with_mean = lambda a: jnp.matmul(a, mean, precision="highest")
+    size = jnp.sum(x0**2, -1) + 2 * with_mean(x0) + jnp.sum(mean**2)
+
+    def level(given):
+        sums, log_source = given
+        shift, others, own, whole = shifted(sums, queries, log_source)
+        residual = jnp.sum(shift**2, -1)
+        along = jnp.sum(shift * x0, -1) + with_mean(shift)
+        return Posterior(
+            trcov=jnp.maximum(others * sums.distance / whole - residual, 0),
+            residual=residual,
+            paired=-2 * along - residual,
+            mean_square=size + 2 * along + residual,
+            p_self=own / whole,
+            ess=whole**2 / (others**2 * sums.square + own**2),
+        )
+
+    # One by one: shifts of all levels take as much room as the sums.
+    return jax.lax.map(level, (sums, jnp.broadcast_to(log_source, sums.top.shape)))
 
 
 def shifted(
@@ -275,19 +297,15 @@ def optimal_denoiser(
         queries = Queries(flat, flat, none, none if label is None else label)
         dot = partial(jnp.matmul, precision=precision)
 
-        def tile(sums, part):
-            stored, square, index, labels = part
-            y = numbers(stored, data)
+        def add(sums, y, square, index, labels):
             # Of -|x - y|^2 / 2, what depends on the row; scaled afterwards, for tiny s.
             logit = (dot(flat, y.T) - 0.5 * square) / s**2
             logit = jnp.where(_counts(queries, index, labels), logit, -jnp.inf)
-            level = (s, *(a[0] for a in sums))
-            new = _add(dot, y, lambda _: logit, jnp.zeros_like(square), level)
-            return jax.tree.map(lambda a: a[None], new), None
+            return _add(dot, sums, y, logit, jnp.zeros_like(square))
 
-        parts = (data.tiles, data.square, data.index, data.label)
-        sums = jax.lax.scan(tile, nothing(1, queries), parts)[0]
-        mean = sums.rows[0] / sums.weight[0][:, None] + data.mean
+        begun = jax.tree.map(lambda a: a[0], nothing(1, queries))
+        sums = fold(add, begun, data)
+        mean = sums.rows / sums.weight[:, None] + data.mean
         return mean.reshape(x.shape).astype(x.dtype)
 
     return denoise

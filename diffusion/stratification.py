@@ -8,35 +8,39 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from common import mesh as meshes
 from common.errors import reject
-from diffusion.rows import Rows, fetch, numbers
+from diffusion.draws import SPLIT, over_rows, whole_rows
+from diffusion.rows import Rows, fold
 
 
 @partial(jax.jit, static_argnames=("k", "precision"))
 def _nearest(data: Rows, index, k: int, precision: str):
-    x = fetch(data, index)
-    size = jnp.sum(x**2, -1)[:, None]
+    def local(data, index):
+        x = whole_rows(data, index)
+        own = jnp.sum(x**2, -1)[:, None]
 
-    def tile(best, part):
-        stored, square, places, _ = part
-        y = numbers(stored, data)
-        distance = size + square - 2 * jnp.matmul(x, y.T, precision=precision)
-        there = (places >= 0) & (places != index[:, None])
-        distance = jnp.where(there, distance, jnp.inf)
-        far = jnp.concatenate([best[0], distance], -1)
-        here = jnp.broadcast_to(places, (len(index), len(places)))
-        where = jnp.concatenate([best[1], here], -1)
-        low, at = jax.lax.top_k(-far, k)
-        return (-low, jnp.take_along_axis(where, at, -1)), None
+        def least(distance, places):
+            low, at = jax.lax.top_k(-distance, k)
+            return -low, jnp.take_along_axis(places, at, -1)
 
-    start = (
-        jnp.full((len(index), k), jnp.inf, size.dtype),
-        jnp.full((len(index), k), -1, jnp.int32),
-    )
-    parts = (data.tiles, data.square, data.index, data.label)
-    return jax.lax.scan(tile, start, parts)[0][1]
+        def add(best, y, square, places, _):
+            distance = own + square - 2 * jnp.matmul(x, y.T, precision=precision)
+            there = (places >= 0) & (places != index[:, None])
+            distance = jnp.where(there, distance, jnp.inf)
+            here = (distance, jnp.broadcast_to(places, distance.shape))
+            return least(*(jnp.concatenate(pair, -1) for pair in zip(best, here, strict=True)))
+
+        none = jnp.full((len(index), k), jnp.inf, own.dtype)
+        best = fold(add, (none, jnp.full(none.shape, -1, jnp.int32)), data)
+        if meshes.current() > 1:
+            best = least(*jax.lax.all_gather(best, "data", axis=1, tiled=True))
+        return best[1]
+
+    return over_rows(local, (SPLIT, P()), P())(data, index)
 
 
 def nearest_neighbours(
@@ -45,7 +49,7 @@ def nearest_neighbours(
     """Places of the k nearest other rows of each row, nearest first, int32 [N, k].
 
     Args:
-      data: rows.
+      data: rows; split over the axis "data" of the mesh in use, if there is one.
       k: below N.
       precision: of the products.
       block: rows in work at a time.

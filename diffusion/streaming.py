@@ -205,7 +205,11 @@ def _end(sums: Sums, queries: Queries, mean: Float[Array, " d"]) -> Posterior:
 
 @jax.jit
 def _squares(data: Rows) -> Float[Array, "k t"]:
-    return jnp.sum(numbers(data.tiles, data) ** 2, -1)
+    def local(data):
+        # One by one, or all rows would be in memory as numbers.
+        return jax.lax.map(lambda y: jnp.sum(numbers(y, data) ** 2, -1), data.tiles)
+
+    return draws.over_rows(local, (draws.SPLIT,), P("data"))(data)
 
 
 def _chunk(data: HostRows, tiles: int, tile: int, start: int) -> Rows:
