@@ -1,5 +1,7 @@
 """The streaming posterior against brute force in float64: tiles, devices, types, extremes."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,3 +211,37 @@ def test_data_that_cannot_be_are_named(data, given, named):
 def test_float16_is_promoted():
     data = rows(np.ones((3, 2), np.float16))
     assert data.tiles.dtype == data.square.dtype == jnp.float32
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TENFOLD_DATA" not in os.environ, reason="needs the folder of images/")
+def test_cifar_keeps_four_digits_in_float32():
+    """Check 8 on the first 4,000 images: s = 2 to 80, identical draws."""
+    from diffusion.images import load, scaled
+
+    path = f"{os.environ['TENFOLD_DATA']}/images/cifar10_train_first4000.npz"
+    y = np.asarray(scaled(load(path, scaling="x/127.5-1").rows)).reshape(4000, -1)
+    levels = [2.0, 3.5, 6.0, 20.0, 80.0]
+    parts = [draws.block(i, 512, 4000, 0) for i in range(2)]
+    means = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            data = rows(y.astype(np.float64) if x64 else y)
+            s = jnp.asarray(levels, data.square.dtype)
+            # The same noise: float32 numbers in either precision.
+            found = []
+            for part in parts:
+                with jax.enable_x64(False):
+                    x0 = fetch(rows(y), jnp.asarray(part.index))
+                    eps = np.asarray(draws.queries(part, KEY, x0).eps)
+                x0 = fetch(data, jnp.asarray(part.index))
+                some = Queries(
+                    x0, jnp.asarray(eps, x0.dtype), jnp.asarray(part.index), jnp.full(512, -1)
+                )
+                sums = accumulate(nothing(len(levels), some), data, some, s)
+                found.append(np.float64(finish(finished(sums, some), some, data.mean).trcov))
+            means.append(np.concatenate(found, 1).mean(1))
+    np.testing.assert_allclose(means[0], means[1], rtol=1e-4)
+    assert means[0][-1] == pytest.approx(means[1][-1], rel=1e-5)
+    np.testing.assert_allclose(means[1][1] / 3072, 0.0054, rtol=0.5)
+    np.testing.assert_allclose(means[1][3] / 3072, 0.2124, rtol=0.05)
