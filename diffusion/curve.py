@@ -20,6 +20,8 @@ from common.errors import UserError
 from diffusion.estimators import OptimalLoss
 from diffusion.preconditioning import check_sigmas
 
+CLOSE = 0.06  # In log s.
+
 
 class Curve(NamedTuple):
     """A monotone curve, float64.
@@ -40,18 +42,33 @@ class Curve(NamedTuple):
 def smooth(loss: OptimalLoss, eigenvalues: np.ndarray | None = None) -> Curve:
     """The isotonic projection of an estimate, weighted by its errors, between 0 and V."""
     order = np.argsort(loss.sigmas)
-    value, error = loss.value[order], loss.stderr[order]
+    x, value, error = np.log(loss.sigmas[order]), loss.value[order], loss.stderr[order]
     variance = float(loss.variance)
     # A level at which no draw saw a second row has no error, and must not outweigh others.
     least = 1e-6 * max(variance, np.finfo(float).tiny)
     weight = 1 / np.maximum(np.nan_to_num(error, nan=least), least) ** 2
+    x, value, weight = _merged(x, value, weight)
     fitted = isotonic_regression(value, weights=weight).x
     return Curve(
-        np.log(loss.sigmas[order]),
+        x,
         np.clip(fitted, 0, variance),
         np.zeros(0) if eigenvalues is None else np.asarray(eigenvalues, float),
         variance,
     )
+
+
+def _merged(x, value, weight):
+    """Levels that lie closer than `CLOSE` as one: their slope would be noise, and a cubic
+    through them wrong for a whole interval."""
+    start = np.concatenate([[True], np.zeros(len(x) - 1, bool)])
+    first = 0
+    for i in range(1, len(x)):
+        if x[i] - x[first] >= CLOSE:
+            start[i], first = True, i
+    group = np.cumsum(start) - 1
+    total = np.bincount(group, weight)
+    mean = lambda v: np.bincount(group, weight * v) / total
+    return mean(x), mean(value), total
 
 
 def interpolate(curve: Curve, sigmas: Any) -> np.ndarray:

@@ -25,11 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import reject
 from diffusion import draws
 from diffusion.plans import Plan, block_of, measured, plan_of
 from diffusion.preconditioning import check_sigmas
 from diffusion.rows import Rows, rows
 from diffusion.stratification import nearest_neighbours
+from diffusion.streaming import exact_from_host, on_host
 
 
 class OptimalLoss(NamedTuple):
@@ -82,6 +84,7 @@ def estimate_optimal_loss(
     precision: str = "",
     tile: int = 4096,
     block: int = 256,
+    chunk: int = 0,
     progress: bool = False,
 ) -> OptimalLoss:
     """J* of a data set at noise levels that share all draws.
@@ -103,6 +106,8 @@ def estimate_optimal_loss(
       mesh: rows are split over its axis "data".
       precision: of products; "": highest on a CPU, high elsewhere.
       tile, block: rows and draws that are in work at a time.
+      chunk: rows that come to the devices at a time, where the data stay on the host or on its
+        disk; 0: all at once. For exact sums without labels.
       progress: shows a bar.
 
     Raises:
@@ -123,6 +128,11 @@ def estimate_optimal_loss(
         progress=progress,
     )
     with jax.set_mesh(mesh or jax.sharding.get_mesh()):
+        if chunk:
+            if estimator != "exact" or labels is not None:
+                raise reject("estimator.chunk", chunk, "0, but for exact sums without labels")
+            held = on_host(data, scale=scale, offset=offset)
+            return _from_host(held, sigmas, key, seed, num_draws, chunk, tile, options)
         place = dict(tile=tile, scale=scale, offset=offset, mesh=mesh)
         if labels is None:
             found = rows(data, **place)
@@ -133,6 +143,20 @@ def estimate_optimal_loss(
 def default_precision() -> str:
     """TF32 or one bfloat16 pass would do above sigma_star only."""
     return "highest" if jax.default_backend() == "cpu" else "high"
+
+
+def _from_host(data, sigmas, key, seed, num_draws, chunk, tile, options):
+    """Chunks of rows that come to the devices one after the other."""
+    given = {n: v for n, v in options.items() if n not in ("precision", "progress")}
+    plan = plan_of(len(data.rows), data.mean.size, num_draws=num_draws, **given)
+    parts = [block_of(plan, step, seed) for step in range(plan.steps)]
+    found = exact_from_host(
+        data, parts, key, sigmas, chunk=chunk, tile=tile, precision=options["precision"]
+    )
+    many = [jax.tree.map(lambda a: np.asarray(a, np.float64), draws.moments(f)) for f in found]
+    exact = jax.tree.map(lambda *a: np.stack(a), *many)
+    square = data.variance + float((np.asarray(data.mean, np.float64) ** 2).sum())
+    return curve_of(plan, sigmas, exact, None, square, data.variance)
 
 
 def _by_class(data, labels, sigmas, key, seed, place, num_draws, options):

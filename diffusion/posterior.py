@@ -6,8 +6,9 @@ A query c = x_0 + s eps, made from row n of the data, has the posterior weights
 
 so the row it came from has the logit 0. Measured from that row nothing cancels where the
 posterior sits on it (Xu et al., arXiv:2506.13763, theorem 1; rows i != n are summed here and
-row n joins in `finish`). Tiles stream through a running maximum, so no N x N matrix exists;
-partial sums of devices or hosts are merged by the same rule.
+row n joins in `finish`). Rows stream through a running maximum, so no N x N matrix exists;
+partial sums of devices or hosts are merged by the same rule. Beside the data and the sums, a
+pass has two or three arrays [B, D] and some rows as numbers, whatever N.
 
 Cost of a pass: 2 D (2 + S) FLOPs per query and row for S noise levels that share draws, 4 D
 for one alone, where both products are one.

@@ -2,7 +2,7 @@
 
 The mean row is subtracted: differences of rows are what counts, and centred rows lose less to
 rounding. float32 and float64 are stored centred; uint8 and bfloat16 are stored as they came,
-and become centred numbers tile by tile, so that a pass needs no second copy of the data.
+and become centred numbers some rows at a time, so that a pass needs no copy of the data.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ class Rows(NamedTuple):
     """N rows of D numbers in k tiles of T, the last ones empty where N is no multiple.
 
     Attributes:
-      tiles: [k, T, D]; centred where they have the dtype of `square`.
+      tiles: [k, T, D]; centred where they have the dtype of `square`. bfloat16 is kept as its
+        bits, uint16, or a CPU would make all tiles wide to slice one.
       square: [k, T], squared norm of the centred row, in the dtype of computation.
       index: [k, T], place in the data set; -1 for an empty row.
       label: [k, T]; -1 for none.
@@ -83,13 +84,14 @@ def rows(
     pad = k * tile - count
     wide = np.float64 if data.dtype == np.float64 else np.float32
     fill = lambda a, value: np.concatenate([a, np.full(pad, value, a.dtype)]).reshape(k, tile)
-    stored = np.zeros((k * tile, data.shape[1]), data.dtype)
+    kept = np.uint16 if data.dtype == jnp.bfloat16 else data.dtype
+    stored = np.zeros((k * tile, data.shape[1]), kept)
     square = np.empty(count, wide)
     for at in range(0, count, 4096):
         here = slice(at, min(at + 4096, count))
         part = scale * data[here].astype(np.float64) + offset - mean
         square[here] = np.einsum("nd,nd->n", part, part)
-        stored[here] = part if data.dtype == wide else data[here]
+        stored[here] = part if kept == wide else data[here].view(kept)
     placed = lambda a, spec: (
         jnp.asarray(a) if mesh is None else jax.device_put(a, NamedSharding(mesh, spec))
     )
@@ -111,6 +113,8 @@ def numbers(stored: Shaped[Array, "..."], data: Rows) -> Float[Array, "..."]:
     wide = data.square.dtype
     if stored.dtype == wide:
         return stored
+    if stored.dtype == jnp.uint16:  # bfloat16 is the upper half of float32.
+        stored = jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
     return data.scale * stored.astype(wide) + (data.offset - data.mean)
 
 

@@ -13,7 +13,6 @@ from common.errors import reject
 from diffusion.estimators import OptimalLoss, estimate_optimal_loss
 from diffusion.preconditioning import check_sigmas
 
-
 BLOCKS = 16  # Of exact draws in a pilot, so that their spread can be told.
 ATTEMPTS = 4
 

@@ -48,7 +48,8 @@ class HostRows(NamedTuple):
       mean: [D], subtracted from every row, in units after scaling, in the dtype of computation.
       variance: V, the mean squared norm of the centred rows.
       scale, offset: a stored number times scale plus offset is what it means.
-      kept: dtype in which rows go to the device; that of `mean` where they are centred first.
+      kept: dtype in which rows go to the device; that of `mean` where they are centred first,
+        uint16 for the bits of bfloat16.
     """
 
     rows: np.ndarray
@@ -224,6 +225,7 @@ def _chunk(data: HostRows, tiles: int, tile: int, start: int) -> Rows:
             part = data.rows[at : min(at + READ, end)]
             if data.kept == wide:
                 part = _centred(data, part)
+            part = part.view(data.kept)  # Bits, of bfloat16.
             out[at - begin : at - begin + len(part)] = part.reshape(len(part), -1)
         return out.reshape(-1, tile, len(data.mean))
 

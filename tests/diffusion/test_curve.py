@@ -52,6 +52,7 @@ def test_smooth_is_monotone_and_keeps_what_is(whole):
     c = cv.smooth(whole)
     assert (np.diff(c.value) >= 0).all()
     assert (np.abs(c.value - whole.value) <= 3 * whole.stderr + 1e-12).all()
+    np.testing.assert_allclose(c.log_sigma, np.log(whole.sigmas))
     noisy = cv.smooth(made([1, 2, 3], [0.2, 0.5, 0.4], [0.1, 0.1, 0.1]))
     np.testing.assert_allclose(noisy.value, [0.2, 0.45, 0.45])
     heavy = cv.smooth(made([1, 2, 3], [0.2, 0.5, 0.4], [0.1, 0.1, 0.3]))
@@ -72,6 +73,20 @@ def test_interpolation_within_and_beyond():
     assert (cv.interpolate(c, [0.01, 0.09]) == 0).all()
     without = cv.interpolate(c._replace(eigenvalues=np.zeros(0)), [8.0, 80.0])
     np.testing.assert_allclose(without, beyond, rtol=5e-3)
+
+
+def test_levels_that_nearly_coincide_do_not_bend_the_curve():
+    """A pair whose values are equal by chance has no slope; between others there is one."""
+    lam = np.array([1.0])
+    s = np.array([0.5, 0.7, 0.95, 1.1, 1.103, 1.4, 2.0])
+    value = cv.linear_bound(lam, s)
+    value[3] = value[4]
+    c = cv.smooth(made(s, value, np.full(7, 1e-3)))
+    assert len(c.log_sigma) == 6
+    between = np.array([0.8, 1.0, 1.05, 1.2])
+    np.testing.assert_allclose(
+        cv.interpolate(c, between), cv.linear_bound(lam, between), rtol=4e-3
+    )
 
 
 def test_sigma_star_between_points_and_at_the_ends():

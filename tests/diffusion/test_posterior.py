@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import diffusion.rows
 from common import mesh as meshes
 from common.errors import UserError
 from diffusion import draws
 from diffusion.posterior import Queries, accumulate, finish, finished, nothing, optimal_denoiser
-from diffusion.rows import fetch, rows
+from diffusion.rows import Rows, fetch, fold, rows
 from tests.diffusion.digits import brute, digits, noise
 
 KEY = jax.random.key(3)
@@ -99,6 +100,67 @@ def test_stored_types_mean_the_same_numbers():
     np.testing.assert_allclose(a.trcov, b.trcov, rtol=1e-4, atol=1e-6)
     index = jnp.asarray(part.index)
     np.testing.assert_allclose(fetch(as_float, index), fetch(as_bytes, index), atol=1e-6)
+
+
+def test_bfloat16_means_the_numbers_it_holds():
+    """Stored as bits."""
+    y = small(90, 10).astype(jnp.bfloat16)
+    part, levels = draws.block(0, 16, 90, 0), jnp.asarray([0.3, 1.0])
+    short, wide = rows(y, tile=32), rows(y.astype(np.float32), tile=32)
+    a, b = (draws.exact(d, part, KEY, levels) for d in (wide, short))
+    np.testing.assert_allclose(a.trcov, b.trcov, rtol=1e-4, atol=1e-6)
+    index = jnp.arange(90)
+    want = y.astype(np.float32) - np.asarray(short.mean)
+    np.testing.assert_allclose(fetch(short, index), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 16])
+def test_a_fold_sees_every_row_once(size, monkeypatch):
+    """Neither pieces nor tiles divide the rows."""
+    y = np.float32(small(45, 3))
+    data = rows(y, tile=16, labels=np.arange(45) % 4)
+    monkeypatch.setattr(diffusion.rows, "_piece", lambda tile, dim: size)
+
+    def add(carry, part, square, index, label):
+        assert len(part) <= size
+        np.testing.assert_allclose(square, jnp.sum(part**2, -1), rtol=1e-5)
+        seen, total = carry
+        at = jnp.where(index >= 0, index, 45)
+        counted = jnp.where(index[:, None] >= 0, part, 0) * (label[:, None] + 1)
+        return seen.at[at].add(1, mode="drop"), total + counted.sum(0)
+
+    with jax.disable_jit():
+        seen, total = fold(add, (jnp.zeros(45, int), jnp.zeros(3)), data)
+    np.testing.assert_array_equal(seen, 1)
+    want = ((y - y.mean(0)) * (np.arange(45) % 4 + 1)[:, None]).sum(0)
+    np.testing.assert_allclose(total, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("stored", "levels"), [("float32", 1), ("uint8", 3), ("uint16", 1)])
+def test_a_pass_needs_little_memory_whatever_the_number_of_rows(stored, levels):
+    """At most 3 (block x tile + block x D) floats beside the sums of several levels."""
+    block, tile, dim = 256, 4096, 3072
+    array = jax.ShapeDtypeStruct
+    one, whole = array((), jnp.float32), lambda shape: array(shape, jnp.int32)
+    part = jax.eval_shape(lambda: draws.block(0, block, 4, seed=0))
+    found = []
+    for k in (3, 12):
+        data = Rows(
+            tiles=array((k, tile, dim), stored),
+            square=array((k, tile), jnp.float32),
+            index=whole((k, tile)),
+            label=whole((k, tile)),
+            mean=array((dim,), jnp.float32),
+            scale=one,
+            offset=one,
+            count=whole(()),
+        )
+        some = array((levels,), jnp.float32)
+        program = draws.exact.lower(data, part, KEY, some).compile()
+        found.append(program.memory_analysis().temp_size_in_bytes)
+    sums = 4 * levels * block * dim if levels > 1 else 0
+    assert found[1] == found[0]
+    assert found[0] - sums <= 3 * 4 * block * (tile + dim)
 
 
 def test_copies_of_a_row_share_its_weight():
