@@ -18,7 +18,7 @@ import numpy as np
 from common import mesh as meshes
 from common.errors import UserError
 from common.experiment import Run
-from diffusion import curve, diagnosis, evaluation, figures, images, neighbours, pictures
+from diffusion import curve, diagnosis, evaluation, figures, images, neighbours, pictures, study
 from diffusion.dataset import dataset, placed
 
 
@@ -92,6 +92,27 @@ def diagnose_users(config, run: Run, folder: Path) -> str:
     )
     diagnosis.check(found)
     return figures.diagnosis_page(found, run.input, folder)
+
+
+def study_subsets(result: Callable, config, run: Run, folder: Path) -> str:
+    """Subset estimators on the data of an estimation run, about its sigma_star."""
+    found = result(run.state())
+    star = curve.sigma_star(curve.smooth(found), config.estimator.tau)
+    data = dataset(**config.data, seed=config.data_seed)
+    mesh = meshes.make(**config.mesh)
+    rows = placed(data, mesh, config.estimator.tile, False)
+    count = len(data.rows)
+    sizes = sorted({max(2, min(count // part, 4096 // part)) for part in (2, 8, 32)})
+    made = study.study(
+        rows,
+        [star, 1.5 * star, 3 * star],
+        sizes,
+        jax.random.key(config.seed),
+        num_draws=config.eval.draws,
+        block=config.eval.block,
+        seed=config.seed,
+    )
+    return study.page(made, folder)
 
 
 def _function(given: str) -> Callable[[Any, Any], Any]:

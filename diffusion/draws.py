@@ -6,6 +6,7 @@ summed where they are, and partial sums merged; of subsets, which are small, eve
 all rows and takes its share of the draws.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -123,13 +124,13 @@ def block(
 
 def queries(part: Block, key: jax.Array, x0: Float[Array, "b d"]) -> Queries:
     """The draws of a block from its centred rows."""
-    draw = lambda number, sign: (
-        sign * jax.random.normal(jax.random.fold_in(key, number), x0.shape[1:], x0.dtype)
+    draw = lambda number: jax.random.normal(
+        jax.random.fold_in(key, number), x0.shape[1:], x0.dtype
     )
     # Random bits take several times the room of the numbers made of them: some at a time.
-    some = max(1, len(part.number) // 8)
-    given = (part.number, part.sign.astype(x0.dtype))
-    eps = jax.lax.map(lambda one: draw(*one), given, batch_size=some)
+    some = part.number.reshape(math.gcd(len(part.number), 8), -1)
+    eps = jax.lax.map(jax.vmap(draw), some).reshape(x0.shape)
+    eps = eps * part.sign.astype(x0.dtype)[:, None]
     return Queries(x0, eps, part.index, jnp.full_like(part.index, ABSENT))
 
 

@@ -7,8 +7,9 @@ are added where the curve rises, about sigma_star as it is known by then.
 
     J*(s) = E tr Cov[x_0 | x_0 + s eps]     (Xu et al., arXiv:2506.13763)
 
-Other runs name this one in `init_from` and take the curve over. Actions: evaluate; diagnose, a
-denoiser of the user's, `--input=model.py:denoiser`, against the optimum of these data.
+Other runs name this one in `init_from` and take the curve over. Actions: evaluate;
+diagnose, a denoiser of the user's, `--input=model.py:denoiser`, against the optimum of these
+data; study, subset estimators against C, L and s.
 """
 
 from functools import lru_cache, partial
@@ -121,6 +122,7 @@ def make(config) -> Experiment:
         actions={
             "evaluate": partial(actions.curve_again, found, config),
             "diagnose": partial(actions.diagnose_users, config),
+            "study": partial(actions.study_subsets, found, config),
         },
         headline=lambda row: (
             f"sigma_star {row['sigma_star']:.3f}  information {row['information']:.3f} of "

@@ -5,6 +5,7 @@ rounding. float32 and float64 are stored centred; uint8 and bfloat16 are stored 
 and become centred numbers some rows at a time, so that a pass needs no copy of the data.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -131,10 +132,12 @@ def fetch(data: Rows, index: Int[Array, " b"]) -> Float[Array, "b d"]:
 
     def some(given):
         at, here = given
-        return jnp.where(here, numbers(data.tiles[at // tile, at % tile], data), 0)
+        return jnp.where(here[:, None], numbers(data.tiles[at // tile, at % tile], data), 0)
 
-    # Some at a time, or stored rows and numbers would be in memory together.
-    return jax.lax.map(some, (at, here), batch_size=max(1, len(at) // 8))
+    # Some at a time, or what is gathered and the numbers made of it would both be kept.
+    size = len(at) // math.gcd(len(at), 8)
+    found = jax.lax.map(some, (at.reshape(-1, size), here.reshape(-1, size)))
+    return found.reshape(len(at), -1)
 
 
 def fold(add: Callable, start: Any, data: Rows) -> Any:

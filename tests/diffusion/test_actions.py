@@ -42,6 +42,11 @@ def test_the_curve_again(runs, tmp_path):
     assert list(tmp_path.glob("*.csv"))
 
 
+def test_study(runs, tmp_path):
+    assert "C0" in act(runs, "floor", "study", tmp_path)
+    assert (tmp_path / "study.png").exists()
+
+
 def test_evaluate_and_diagnose(runs, tmp_path):
     text = act(runs, "flow", "evaluate", tmp_path)
     assert "edm_gap" in text
