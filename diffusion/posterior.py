@@ -150,6 +150,7 @@ def _together(dot, queries, sigmas):
             new = _add(dot, jax.tree.map(take, sums), y, logit, distance)
             return jax.tree.map(put, sums, new)
 
+        # Unsigned: no index counts from the end, so that the updates can be in place.
         return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(len(sigmas)), level, sums)
 
     return add

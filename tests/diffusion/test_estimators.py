@@ -107,7 +107,7 @@ def test_a_gaussian_sample_is_near_its_population(s):
 
 @pytest.mark.parametrize(
     ("x64", "rules"),
-    [(False, ["tapered", "knn"]), (True, ["constant", "ht", "tapered", "snis", "knn"])],
+    [(False, ["constant", "knn"]), (True, ["ht", "tapered", "snis", "knn"])],
 )
 def test_a_subset_of_all_rows_is_exact(x64, rules):
     """Check 7, first part: L = N, C = 1."""
@@ -158,7 +158,7 @@ def test_neighbours_mend_the_small_noise(curve):
     exact, _ = at(curve, [0.4])
     got = estimate("knn", [0.4], subset_size=256, neighbours=128)
     assert got.value[0] / exact[0] > 0.85
-    plain = estimate("cdol", [0.4], subset_size=256)
+    plain = estimate("cdol", [0.4, 1.0], subset_size=256)  # A program that there is.
     assert plain.value[0] < 0.8 * got.value[0]
 
 
@@ -189,9 +189,9 @@ def test_float32_keeps_four_digits():
             assert np.mean(np.float64(found.trcov[i])) == pytest.approx(want, rel=bar), s
 
 
-@pytest.mark.parametrize("estimator", ["exact", "cdol", "knn", "corrected"])
+@pytest.mark.parametrize("estimator", ["cdol", "knn", "corrected"])
 def test_eight_devices_equal_one(estimator):
-    """Check 9: 1797 rows on 8 devices."""
+    """Check 9: 1797 rows on 8 devices. Exact sums below."""
     given = dict(subset_size=64, neighbours=0 if estimator == "cdol" else 8, block=32)
     given |= dict(num_draws=256, exact_draws=64, estimator=estimator, tile=128)
     levels = [0.5, 1.0, 3.0]
@@ -255,14 +255,17 @@ def test_more_rows_repeat_the_identity_of_frequencies():
     assert (np.abs(a.value - b.value) <= 3 * np.hypot(a.stderr, b.stderr)).all()
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_rows_that_stay_on_the_host_have_the_same_curve(devices):
-    given = dict(num_draws=512, tile=128, mesh=meshes.make(data=devices))
+def test_devices_and_rows_that_stay_on_the_host_have_the_same_curve():
+    given = dict(num_draws=512, tile=128)
     levels = [0.5, 1.0, 3.0]
     want = estimate_optimal_loss(digits(), levels, KEY, **given)
-    got = estimate_optimal_loss(digits(), levels, KEY, chunk=700, **given)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5)
+    for change in (dict(mesh=meshes.make()), dict(chunk=700)):
+        got = estimate_optimal_loss(digits(), levels, KEY, **given, **change)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5)
+    both = estimate_optimal_loss(digits(), levels, KEY, chunk=700, mesh=meshes.make(), **given)
+    np.testing.assert_allclose(both.value, want.value, rtol=2e-5)
+    np.testing.assert_allclose(both.stderr, want.stderr, rtol=1e-3)
 
 
 def test_one_draw_has_no_error():
