@@ -32,7 +32,7 @@ from scipy import stats
 
 from benchmarks.optimal_loss_alone import critical, growth, normal, scaling
 from diffusion import draws
-from diffusion.estimators import default_precision
+from diffusion.estimators import precision_of
 from diffusion.rows import rows
 from diffusion.streaming import exact_from_host, on_host
 
@@ -74,7 +74,7 @@ def contestants(n, d, queries, tile):
     y = normal(n, d)
     y -= y.mean(0)
     data, host, s = rows(y, tile=tile), on_host(y), critical(n, d)
-    key, precision = jax.random.key(0), default_precision()
+    key, precision = jax.random.key(0), precision_of("")
     part, large = (draws.block(0, size, n, seed=0) for size in (queries, 1024))
     one, eight = jnp.asarray([s]), jnp.asarray(s * np.geomspace(0.5, 4, 8))
     exact = lambda some, levels: draws.exact(data, some, key, levels, precision).trcov

@@ -44,8 +44,8 @@ def get_config(size: str = "small"):
         name="edm",  # ve, vp, iddpm, ddpm, edm, fm_linear or gvp
         beta_d=19.9,
         beta_min=0.1,
-        sigma_min=0.002,
-        sigma_max=80.0,
+        sigma_min=0.02,  # of ve, with sigma_max
+        sigma_max=100.0,
         steps=1000,
         beta_first=1e-4,
         beta_last=0.02,
@@ -75,7 +75,7 @@ def get_config(size: str = "small"):
         ),
     )
     config.schedule = dict(
-        kind="edm",  # edm, edm2, vp, ve, iddpm, fm_uniform, fm_logit_normal or optimal_loss
+        kind="edm",  # see diffusion/schedules.py
         p_mean=-1.2,
         p_std=1.2,
         sigma_min=0.002,
@@ -117,7 +117,7 @@ def get_config(size: str = "small"):
         subset_size=0,
         c_rule="tapered",
         neighbours=0,
-        exact_blocks=8,
+        exact_blocks=24,
         antithetic=False,
         precision="",
         tile=4096,
@@ -130,20 +130,36 @@ def get_config(size: str = "small"):
         tau=0.01,
     )
     config.sampler = dict(
+        # heun, euler, edm, ddim, ddpm, native_euler, native_heun, euler_maruyama, dpm_2m or
+        # dpm_3s
         method="heun",
+        grid="edm",  # edm, log_uniform, times (of the process) or flow
         n=18,
         sigma_min=0.002,
         sigma_max=80.0,
         rho=7.0,
+        shift=1.0,  # of flow
+        start="ve",  # what the first state is: ve, vp or flow
         batch_size=256,
-        s_churn=0.0,
-        s_min=0.0,
-        s_max=1e9,
-        s_noise=1.0,
-        eta=0.0,
+        count=64,  # of --do=sample
+        label=-1,  # of all samples; -1: as in the data
         guidance=1.0,
         guide_low=0.0,
-        guide_high=0.0,
+        guide_high=0.0,  # 0: at all levels
+        rescale=0.0,
+        # Of single methods; the others refuse them.
+        s_churn=0.0,
+        s_min=0.0,
+        s_max=float("inf"),
+        s_noise=1.0,
+        eta=0.0,
+        variance="posterior",
+        path="linear",
+        diffusion="sigma",
+        norm=1.0,
+        last="mean",
+        lower_order_final=True,
+        inner="grid",
     )
     config.report = dict(scaling=False)
     config.eval = dict(
@@ -319,8 +335,11 @@ def get_config(size: str = "small"):
         imagenet64=imagenet64,
         imagenet64_ladder=imagenet64 | dict(report=dict(scaling=True), runs=family),
         imagenet512=imagenet64 | dict(
+            # Latents come with unit variance, twice the 0.5 of the paper: so does the noise.
             data=dict(path="gaussian:64x64x4", class_cond=True, num_rows=64),
-            schedule=dict(kind="edm2", p_mean=-0.4, p_std=1.0),
+            model=imagenet64["model"] | dict(sigma_data=1.0),
+            schedule=dict(kind="edm2", p_mean=-0.4 + 0.6931, p_std=1.0),
+            sampler=dict(sigma_min=0.004, sigma_max=160.0),
             steps=1_048_576,
             optim=dict(
                 learning_rate=0.01, rate="inverse_sqrt", warmup=4883, decay_from=70_000,

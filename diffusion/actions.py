@@ -18,7 +18,17 @@ import numpy as np
 from common import mesh as meshes
 from common.errors import UserError
 from common.experiment import Run
-from diffusion import curve, diagnosis, evaluation, figures, images, neighbours, pictures, study
+from diffusion import (
+    curve,
+    diagnosis,
+    drawing,
+    evaluation,
+    figures,
+    images,
+    neighbours,
+    pictures,
+    study,
+)
 from diffusion.dataset import dataset, placed
 
 
@@ -53,29 +63,24 @@ def diagnose(config, data, parts, run: Run, folder: Path) -> str:
 def diagnose_users(config, run: Run, folder: Path) -> str:
     """A denoiser of the user's against the optimum of the data of an estimation run.
 
-    `--input=FILE.py:NAME` names a function of jax arrays, (x [B, H, W, C] = x_0 + sigma eps,
-    sigma [B]) -> estimate of x_0, for images in [-1, 1] as training saw them.
+    `--input=FILE.py:NAME` names a function (x [B, H, W, C] = x_0 + sigma eps, sigma [B]) ->
+    estimate of x_0, for images in [-1, 1] as training saw them; with data.class_cond a third
+    argument is the classes [B]. It may be of JAX, or take and return NumPy arrays, whatever
+    computes within.
 
     Raises:
-      UserError: there is no such function, or its loss is below the optimum.
+      UserError: there is no such function, it fails, or its loss is below the optimum.
     """
-    function = _function(run.input)
+    conditional = config.data.class_cond
     data = dataset(**config.data, seed=config.data_seed)
-    rows = placed(data, meshes.make(**config.mesh), config.estimator.tile, False)
     shape = tuple(int(n) for n in data.rows.shape[1:])
+    function = _tried(_function(run.input), run.input, shape, conditional)
+    rows = placed(data, meshes.make(**config.mesh), config.estimator.tile, conditional)
 
     def of_condition(params, condition):
-        del params, condition
-
-        def denoise(x, s):
-            found = jnp.asarray(function(x, s), x.dtype)
-            if found.shape != x.shape:
-                raise UserError(
-                    f"{run.input} returns the shape {found.shape} for images {x.shape}."
-                )
-            return found
-
-        return denoise
+        del params
+        told = (condition["label"],) if conditional else ()
+        return lambda x, s: function(x, s, *told)
 
     e = config.eval
     found = diagnosis.diagnose(
@@ -86,12 +91,33 @@ def diagnose_users(config, run: Run, folder: Path) -> str:
         jax.random.key(config.seed),
         shape=shape,
         num_draws=e.draws,
+        labels=data.labels if conditional else None,
         block=e.block,
         seed=config.seed,
         progress=True,
     )
     diagnosis.check(found)
     return figures.diagnosis_page(found, run.input, folder)
+
+
+def _tried(function: Callable, name: str, shape: tuple, conditional: bool) -> Callable:
+    """The function, as it is where JAX can trace it, else called on the host."""
+    x, s = np.zeros((2, *shape), np.float32), np.ones(2, np.float32)
+    given = (x, s, np.zeros(2, np.int32)) if conditional else (x, s)
+    try:
+        shown = np.asarray(function(*given)).shape
+    except Exception as error:  # Whatever the user's function does.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{name} fails on two images {x.shape}: {reason}.") from error
+    if shown != x.shape:
+        raise UserError(f"{name} returns the shape {shown} for images {x.shape}.")
+    try:
+        jax.eval_shape(function, *given)
+    except Exception:  # NumPy and torch know no tracers.
+        on_host = lambda *given: np.asarray(function(*map(np.asarray, given)), np.float32)
+        like = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return lambda x, *rest: jax.pure_callback(on_host, like(x), x, *rest)
+    return lambda x, *rest: jnp.asarray(function(x, *rest), x.dtype)
 
 
 def study_subsets(result: Callable, config, run: Run, folder: Path) -> str:
@@ -136,10 +162,10 @@ def _function(given: str) -> Callable[[Any, Any], Any]:
 
 
 def sample(config, data, parts, run: Run, folder: Path) -> str:
-    """64 samples, the rows nearest to the first of them, and all of them as an .npz."""
+    """`sampler.count` samples, the rows nearest to the first of them, and all as an .npz."""
     key = jax.random.key(config.seed)
     params = run.state().averages.trees[0]
-    made = evaluation.samples(config, data, parts, params, key, 64)
+    made = drawing.samples(config, data, parts, params, key, config.sampler.count)
     near = neighbours.nearest(made, data.rows)
     paths = [folder / f"samples_{run.name}.png", folder / f"nearest_{run.name}.png"]
     if jax.process_index() == 0:

@@ -5,9 +5,10 @@ with s, tends to the variance V of the data, lies below the linear bound, and fo
 rows the integral of J*(s) s^-3 ds over all s is ln N nats.
 """
 
-import hashlib
 import json
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +41,18 @@ class Curve(NamedTuple):
 
 
 def smooth(loss: OptimalLoss, eigenvalues: np.ndarray | None = None) -> Curve:
-    """The isotonic projection of an estimate, weighted by its errors, between 0 and V."""
+    """The isotonic projection of an estimate, weighted by its errors, between 0 and V.
+
+    Levels whose error is not known, NaN, have the least weight.
+    """
     order = np.argsort(loss.sigmas)
     x, value, error = np.log(loss.sigmas[order]), loss.value[order], loss.stderr[order]
     variance = float(loss.variance)
     # A level at which no draw saw a second row has no error, and must not outweigh others.
-    least = 1e-6 * max(variance, np.finfo(float).tiny)
-    weight = 1 / np.maximum(np.nan_to_num(error, nan=least), least) ** 2
+    least = 1e-6 * (variance or 1.0)
+    # Nothing between 0 and V is further off than V.
+    most = np.max(error, initial=variance or 1.0, where=np.isfinite(error))
+    weight = 1 / np.maximum(np.where(np.isfinite(error), error, most), least) ** 2
     x, value, weight = _merged(x, value, weight)
     fitted = isotonic_regression(value, weights=weight).x
     return Curve(
@@ -179,14 +185,6 @@ def grid(
     return found
 
 
-def fingerprint(data: np.ndarray, settings: dict) -> str:
-    """SHA-256 of the rows as stored and of everything that changes the curve."""
-    found = hashlib.sha256(np.ascontiguousarray(data).data)
-    found.update(str((data.shape, data.dtype)).encode())
-    found.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    return found.hexdigest()
-
-
 def save(path: Path, loss: OptimalLoss, record: dict) -> None:
     """Writes an .npz with the curve and what it is of, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
@@ -208,5 +206,7 @@ def load(path: Path) -> tuple[OptimalLoss, dict]:
         with np.load(path, allow_pickle=False) as found:
             record = json.loads(str(found["record"]))
             return OptimalLoss(**{n: found[n] for n in OptimalLoss._fields}), record
-    except (OSError, ValueError, KeyError) as error:
+    except (
+        OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error
+    ) as error:  # fmt: skip
         raise UserError(f"{path} is no curve of an optimal loss.") from error

@@ -24,7 +24,7 @@ from common import mesh as meshes
 from common.errors import UserError
 from diffusion import draws
 from diffusion.draws import SPLIT, Block, over_rows, whole_rows
-from diffusion.posterior import accumulate, finish, finished, merged_over, nothing, shifted
+from diffusion.posterior import accumulate, finish, merged_over, nothing, shifted
 from diffusion.preconditioning import Denoiser, check_sigmas
 from diffusion.rows import Rows
 
@@ -88,7 +88,6 @@ def optimum(
         sums = accumulate(nothing(len(sigmas), queries), data, queries, sigmas, precision)
         if meshes.current() > 1:
             sums = merged_over(sums, "data")
-        sums = finished(sums, queries)
         found = finish(sums, queries, data.mean)
         mean = queries.x0 + shifted(sums, queries)[0]
         return Optimum(queries.x0 + data.mean, queries.eps, mean + data.mean, found.trcov)

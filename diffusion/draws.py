@@ -24,14 +24,17 @@ from diffusion.posterior import (
     Posterior,
     Queries,
     accumulate,
+    accumulate_some,
     finish,
-    finished,
     merged,
     merged_over,
     nothing,
+    of_own_rows,
 )
 from diffusion.rows import ABSENT, Rows, fetch
 
+SUBSETS = 0x5B5E7  # Tag of a stream.
+GATHERED = 2**24  # Numbers of neighbours that are in work at a time, of all devices.
 SPLIT = Rows(P("data"), P("data"), P("data"), P("data"), P(), P(), P(), P())
 
 
@@ -111,7 +114,8 @@ def block(
     draws = size // fold
     index = common_data.indices(step, count, draws, seed)
     number = np.arange(step * draws, (step + 1) * draws)
-    rng = np.random.default_rng((seed, 1, step))
+    # Another stream than those of the orders, (seed, epoch), for every step.
+    rng = np.random.default_rng((seed, step, SUBSETS))
     chosen = rng.choice(count, subset, replace=False) if subset else np.zeros(0)
     sign = np.tile([1, -1][:fold], draws)
     return Block(
@@ -161,7 +165,7 @@ def exact(
         sums = accumulate(nothing(len(sigmas), some), data, some, sigmas, precision)
         if meshes.current() > 1:
             sums = merged_over(sums, "data")
-        return finish(finished(sums, some), some, data.mean)
+        return finish(sums, some, data.mean)
 
     return over_rows(local, (SPLIT, P(), P(), P(), P()), P())(data, part, key, sigmas, label)
 
@@ -198,13 +202,9 @@ def by_subset(
         few = _as_rows(gather(part.subset), part.subset, data.mean)
         held = jnp.any(part.subset == mine.index[:, None], -1)
         plain = accumulate(nothing(len(sigmas), some), few, some, sigmas, precision)
-        plain = finished(plain, some)
         if rule == "knn":
             near = neighbours[part.index]
-            rows_near = gather(near.reshape(-1)).reshape(*near.shape, -1)
-            sums = _stratified(
-                few, some, _share(near), _share(rows_near), sigmas, data.count, precision
-            )
+            sums = _stratified(data, few, some, near, sigmas, precision)
             corrected = finish(sums, some, data.mean)
         else:
             log_c = _log_c(rule, constant, _others(few, some), few, data.count, held)
@@ -218,27 +218,51 @@ def by_subset(
     return over_rows(local, specs, P(None, "data"))(data, part, key, sigmas, neighbours)
 
 
-def _stratified(few, queries, near, rows_near, sigmas, count, precision):
-    """Sums by the neighbours, and by the shared rows that are none for all of the rest."""
-    away = ~jnp.any(few.index[0][None, :, None] == near[:, None, :], -1)
+def _stratified(data, few, queries, near, sigmas, precision):
+    """Sums by the neighbours, and by the shared rows that are none for all of the rest.
+
+    `near`, [B, K], is that of all devices, `queries` are this device's.
+    """
+    mine = _share(near)
+    size, draw = few.index.size, jnp.arange(len(mine))[:, None]
+    # Where in the subset a row stands; those of all others are dropped.
+    rows = data.index.size * meshes.current()
+    place = (
+        jnp.full(rows, size, jnp.int32).at[few.index[0]].set(jnp.arange(size, dtype=jnp.int32))
+    )
+    away = jnp.ones((len(mine), size), bool).at[draw, place[mine]].set(False, mode="drop")
     away &= few.index[0][None] != queries.source[:, None]
     left = jnp.maximum(jnp.sum(away, -1), 1)
-    rest = count - 1 - near.shape[1]
+    rest = data.count - 1 - near.shape[1]
     log_rest = jnp.log(jnp.maximum(rest, 1) / left)
     log_rest = jnp.where(rest > 0, log_rest, -jnp.inf)
-
-    def one(query, keep, y, index):
-        query = jax.tree.map(lambda a: a[None], query)
-        kept = few._replace(index=jnp.where(keep, few.index[0], -1)[None])
-        add = lambda some: finished(
-            accumulate(nothing(len(sigmas), query), some, query, sigmas, precision), query
-        )
-        return add(kept), add(_as_rows(y, index, few.mean))
-
-    batched = jax.vmap(one)(queries, away, rows_near, near)
-    sums, near_sums = jax.tree.map(lambda a: jnp.moveaxis(a[:, :, 0], 0, 1), batched)
+    begun = nothing(len(sigmas), queries)
+    sums = accumulate_some(begun, few.tiles[0], few.square[0], away, queries, sigmas, precision)
     sums = sums._replace(top=sums.top + log_rest.astype(sums.top.dtype))
+    near_sums = _by_neighbours(data, queries, near, sigmas, precision)
     return merged(jax.tree.map(lambda *a: jnp.stack(a), sums, near_sums))
+
+
+def _by_neighbours(data, queries, near, sigmas, precision):
+    """Sums [S, B] over the neighbours of each draw, some draws at a time."""
+    devices, k, dim = meshes.current(), near.shape[1], queries.x0.shape[1]
+    batch = len(queries.x0)
+    fits = max(1, GATHERED // (devices * k * dim))
+    size = max(n for n in range(1, min(batch, fits) + 1) if batch % n == 0)
+    # All devices fetch the rows of all, and each then takes its own.
+    asked = near.reshape(devices, -1, size, k).swapaxes(0, 1)
+    cut = lambda a: a.reshape(-1, size, dim)
+
+    def some(given):
+        asked, x0, eps = given
+        y = _share(whole_rows(data, asked.reshape(-1)).reshape(devices * size, k, dim))
+        there = jnp.ones((size, k), bool)
+        return of_own_rows(y, there, x0, eps, sigmas, precision)
+
+    found = jax.lax.map(some, (asked, cut(queries.x0), cut(queries.eps)))
+    return jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, 1).reshape(len(sigmas), batch, *a.shape[3:]), found
+    )
 
 
 def _as_rows(y, index, mean) -> Rows:

@@ -22,12 +22,13 @@ from jaxtyping import Array, Float
 from common import mesh as meshes
 from common.errors import reject
 from common.experiment import Experiment
-from diffusion import actions, curve, draws, report
-from diffusion.dataset import dataset, placed
+from diffusion import actions, curve, draws, findings, report
+from diffusion.dataset import dataset, fingerprint, placed
 from diffusion.estimation import State, result
-from diffusion.estimators import default_precision
+from diffusion.estimators import precision_of
 from diffusion.optimal_schedule import star_of
-from diffusion.plans import Found, Plan, block_of, measured, plan_of
+from diffusion.plans import BATCHES, Found, Plan, block_of, measured, plan_of, whole
+from diffusion.rows import within_classes
 from diffusion.stratification import nearest_neighbours
 
 
@@ -41,16 +42,20 @@ def make(config) -> Experiment:
     e = config.estimator
     plan = _plan(config, len(images.rows), int(np.prod(images.rows.shape[1:])))
     _check(config, plan)
-    precision = e.precision or default_precision()
+    precision = precision_of(e.precision)
     levels = curve.grid(e.sigma_min, e.sigma_max, e.points)
     size = len(levels) + e.more
+
+    told = findings.entropy(images, config.data.class_cond)
 
     @lru_cache(maxsize=1)
     def data():
         mesh = meshes.make(**config.mesh)
         rows = placed(images, mesh, e.tile, config.data.class_cond)
         near = nearest_neighbours(rows, plan.neighbours, precision) if plan.neighbours else None
-        return rows, near
+        classes = config.data.class_cond
+        within = within_classes(images.rows, images.labels, float(rows.scale)) if classes else 0
+        return rows, near, np.float32(within)
 
     def init(key):
         del key
@@ -71,15 +76,18 @@ def make(config) -> Experiment:
             block=jnp.asarray(plan.block, jnp.int32),
             dim=jnp.asarray(plan.dim, jnp.int32),
             first=jnp.asarray(first, jnp.int32),
+            source=jnp.asarray(fingerprint(images, config.data.class_cond)),
         )
 
     def batch(step):
-        rows, near = data()
+        rows, near, within = data()
         mesh = meshes.make(**config.mesh)
         block = block_of(plan, step, config.seed)
         label = images.labels[block.index] if config.data.class_cond else None
         return dict(
-            rows=rows, near=near, **meshes.everywhere(dict(block=block, label=label), mesh)
+            rows=rows,
+            near=near,
+            **meshes.everywhere(dict(block=block, label=label, within=within), mesh),
         )
 
     def step(state, batch, key):
@@ -102,6 +110,8 @@ def make(config) -> Experiment:
             cheap = jax.tree.map(put, cheap, found.cheap)
         variance = jnp.sum(rows.square) / rows.count
         square = variance + jnp.sum(rows.mean**2)
+        if config.data.class_cond:
+            variance = batch["within"].astype(variance.dtype)
         state = state._replace(
             sigmas=sigmas,
             exact=exact,
@@ -126,32 +136,46 @@ def make(config) -> Experiment:
         },
         headline=lambda row: (
             f"sigma_star {row['sigma_star']:.3f}  information {row['information']:.3f} of "
-            f"{np.log(plan.count):.3f} nats"
+            f"{told:.3f} nats"
         ),
     )
 
 
 def _plan(config, count: int, dim: int) -> Plan:
-    """The plan of `config.steps` blocks."""
+    """The plan of `config.steps` blocks of `estimator.block` draws.
+
+    Raises:
+      UserError: a setting of the estimator cannot be, or devices do not divide a block.
+    """
     e = config.estimator
+    if config.steps < 1:
+        raise reject("steps", config.steps, "a whole number from 1 up")
+    enough = BATCHES * whole("block", e.block)  # Blocks are as large as asked for.
     with jax.set_mesh(meshes.make(**config.mesh)):
         plan = plan_of(
             count,
             dim,
-            num_draws=config.steps * e.block,
+            num_draws=enough,
             estimator=e.name,
             form=e.form,
             subset_size=e.subset_size,
             c_rule=_number(e.c_rule),
             neighbours=e.neighbours,
-            exact_draws=config.steps * e.block // 2,
+            exact_draws=enough,
             antithetic=e.antithetic,
             block=e.block,
         )
+        devices = meshes.current()
+    if plan.block != e.block:
+        allowed = f"a multiple of {devices * plan.fold}, of devices and the signs of draws"
+        raise reject("estimator.block", e.block, allowed)
     few = {"exact": config.steps, "corrected": e.exact_blocks}.get(e.name, 0)
-    if e.name == "corrected" and not 2 <= few <= config.steps - 2:
-        allowed = f"from 2 to {config.steps - 2}, two less than steps"
-        raise reject("estimator.exact_blocks", few, allowed)
+    if e.name == "corrected":
+        # Added levels do not have the blocks before they were chosen.
+        least, most = BATCHES + (e.pilot if e.more else 0), config.steps - BATCHES
+        if not least <= few <= most:
+            allowed = f"from {least} (with the pilot) to {most}, {BATCHES} less than steps"
+            raise reject("estimator.exact_blocks", few, allowed)
     return plan._replace(steps=config.steps, few=few)
 
 
@@ -162,7 +186,7 @@ def _measure(plan: Plan, done, given) -> Found:
 
     def without():
         found = measured(plan, False, *given)
-        return found._replace(exact=draws.zeros(len(given[3])))
+        return found._replace(exact=jax.tree.map(jnp.zeros_like, found.cheap.lower))
 
     return jax.lax.cond(done < plan.few, lambda: measured(plan, True, *given), without)
 
@@ -205,11 +229,11 @@ def _evaluate(result, config, state, key) -> dict:
     found = result(state)
     star = curve.sigma_star(curve.smooth(found), config.estimator.tau)
     information, error = curve.information(found)
-    numbers = {n: np.nan_to_num(v) for n, v in found._asdict().items()}
-    return numbers | {
+    # NaN is an error that one draw cannot tell.
+    return found._asdict() | {
         "sigma_star": star,
         "information": information,
-        "information_err": np.nan_to_num(error),
+        "information_err": error,
     }
 
 
@@ -225,6 +249,7 @@ def _check(config, plan: Plan) -> None:
     e = config.estimator
     if not 0 < e.sigma_min < e.sigma_max < np.inf:
         raise reject("estimator.sigma_max", e.sigma_max, f"a finite number above {e.sigma_min}")
+    whole("tile", e.tile)
     if e.points < 2:
         raise reject("estimator.points", e.points, "a whole number from 2 up")
     if e.more < 0:

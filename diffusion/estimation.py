@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from diffusion import draws
-from diffusion.estimators import OptimalLoss, curve_of
+from diffusion.block_means import OptimalLoss, curve_of
 from diffusion.plans import Plan
 
 
@@ -21,10 +21,12 @@ class State(NamedTuple):
       sigmas: [S], the added levels last; equal to the largest until they are chosen.
       exact: moments [few, S]; zeros where the plan has none.
       cheap: moments [steps, S] by subsets; None where the plan has none.
-      square, variance: A and V of the data, sums over coordinates.
+      square, variance: A and V of the data, sums over coordinates; V is the limit of large s,
+        within classes where they are told.
       done: blocks so far.
       block, dim: draws in a block, coordinates of a row.
       first: [S], the block from which on a level counts.
+      source: [8], `dataset.fingerprint` of the data.
     """
 
     sigmas: Float[Array, " s"]
@@ -36,10 +38,11 @@ class State(NamedTuple):
     block: Int[Array, ""]
     dim: Int[Array, ""]
     first: Int[Array, " s"]
+    source: UInt32[Array, " 8"]
 
 
 def result(estimator: str, form: str, fold: int, state: State) -> OptimalLoss:
-    """The curve of a state, levels ascending.
+    """The curve of a state, levels ascending; without those that were not yet chosen.
 
     Args:
       estimator, form: of the run, `plans.ESTIMATORS` and `plans.FORMS`.
@@ -53,8 +56,8 @@ def result(estimator: str, form: str, fold: int, state: State) -> OptimalLoss:
         estimator, form, "", 1.0, 0, int(state.dim), 0, 0, int(state.block), done, few, fold
     )
     parts = []
-    # Added levels have had no meaning before they were chosen.
-    for start in np.unique(state.first):
+    # Added levels have no meaning before they were chosen, and are no levels yet.
+    for start in np.unique(state.first[state.first < done]):
         some = state.first == start
         cut = lambda tree, n, a=start, w=some: jax.tree.map(
             lambda v: np.asarray(v[a:n, w], np.float64), tree

@@ -9,59 +9,32 @@ over rows are
     exact      all rows, streamed                                          unbiased
     dol        the source and L - 1 others                                 too low
     cdol       the same, the source's weight over C                        paper's Eq. 11
-    snis       L rows, whatever the source                                 too high
+    snis       L rows, whatever the source                                 residual too high
     knn        the source, its K neighbours, and others for the rest       a little low
     corrected  cdol or knn on many draws, mended by exact sums on a few    unbiased
 
-"corrected" is a control variate: mean(exact) over few draws plus beta times (mean over many
-minus mean over the few) of the cheap one. What the cheap one lacks, bias included, is gone
-from the value and stands in its error bar.
+What the cheap draws of "corrected" lack, bias included, is gone from its value and stands in
+its error bar, see `block_means`.
 """
 
-from typing import Any, NamedTuple
+import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import reject
+from common.errors import UserError, reject
 from diffusion import draws
-from diffusion.plans import Plan, block_of, measured, plan_of
+from diffusion.block_means import OptimalLoss, curve_of
+from diffusion.plans import BATCHES, block_of, block_size, measured, plan_of, whole
 from diffusion.preconditioning import check_sigmas
-from diffusion.rows import Rows, rows
+from diffusion.rows import Rows, check_labels, rows
 from diffusion.stratification import nearest_neighbours
 from diffusion.streaming import exact_from_host, on_host
 
-
-class OptimalLoss(NamedTuple):
-    """A curve J*(s), sums over coordinates; float64 [S] unless said otherwise.
-
-    Attributes:
-      sigmas: noise levels s, as given.
-      value: the estimate.
-      stderr: its standard error; NaN where there is one draw. Biases are not in it.
-      lower, upper: bracket, of the estimators with subsets; the value itself otherwise.
-      lower_err, upper_err: standard errors of these.
-      ess: mean number of rows that share a posterior.
-      p_self: mean weight of the source.
-      variance: [], total variance V of the data, the limit of large s.
-      num_draws: [], of the outer mean.
-      dim: [], coordinates D of a row; value / dim is per coordinate.
-    """
-
-    sigmas: np.ndarray
-    value: np.ndarray
-    stderr: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    lower_err: np.ndarray
-    upper_err: np.ndarray
-    ess: np.ndarray
-    p_self: np.ndarray
-    variance: np.ndarray
-    num_draws: np.ndarray
-    dim: np.ndarray
+PRECISIONS = ("default", "high", "highest")
 
 
 def estimate_optimal_loss(
@@ -93,18 +66,20 @@ def estimate_optimal_loss(
       data: [N, ...] numbers, as `rows.rows` takes them.
       sigmas: noise levels s.
       key: of all noise, orders and subsets.
-      num_draws: at least, of the outer mean; whole blocks, permutations of the rows.
+      num_draws: at least, of the outer mean; whole blocks, permutations of the rows. Fewer
+        than 2 leave no error, NaN, and a warning.
       estimator: one of `plans.ESTIMATORS`.
       form: trcov (least spread), residual, paired or unpaired (the paper's A - B).
       subset_size: L, of all but exact; 0: 2048 or N.
       c_rule: of cdol and corrected: "paper", "tapered", "ht" or C itself.
       neighbours: K of knn; of corrected, 0 means cdol and K > 0 knn. 0 with knn: L / 2.
-      exact_draws: of corrected; 0: an eighth of num_draws.
+      exact_draws: of corrected, 16 blocks at least; 0: an eighth of num_draws.
       labels: [N]; given, every class is a data set of its own and the result is their mean.
+        Of a class of one row nothing is lost; a warning says so.
       scale, offset: of whole numbers.
       antithetic: pairs of draws with noise of either sign.
       mesh: rows are split over its axis "data".
-      precision: of products; "": highest on a CPU, high elsewhere.
+      precision: of products, one of `PRECISIONS`; "": highest on a CPU, high elsewhere.
       tile, block: rows and draws that are in work at a time.
       chunk: rows that come to the devices at a time, where the data stay on the host or on its
         disk; 0: all at once. For exact sums without labels.
@@ -113,7 +88,12 @@ def estimate_optimal_loss(
     Raises:
       UserError: one of these cannot be; the sentence names it.
     """
-    sigmas = check_sigmas(sigmas)
+    sigmas = levels_of(sigmas)
+    tile = whole("tile", tile)
+    if whole("num_draws", num_draws) < 2:
+        warnings.warn("One draw of the optimal loss has no standard error.", stacklevel=2)
+    if np.ndim(data) and len(data) == 1:
+        warnings.warn("Of one row nothing can be lost: J* is 0.", stacklevel=2)
     seed = int(jax.random.bits(jax.random.fold_in(key, 0)))
     options = dict(
         estimator=estimator,
@@ -123,7 +103,7 @@ def estimate_optimal_loss(
         neighbours=neighbours,
         exact_draws=exact_draws,
         antithetic=antithetic,
-        precision=precision or default_precision(),
+        precision=precision_of(precision),
         block=block,
         progress=progress,
     )
@@ -140,9 +120,30 @@ def estimate_optimal_loss(
         return _by_class(data, labels, sigmas, key, seed, place, num_draws, options)
 
 
-def default_precision() -> str:
-    """TF32 or one bfloat16 pass would do above sigma_star only."""
-    return "highest" if jax.default_backend() == "cpu" else "high"
+def levels_of(sigmas: Any) -> np.ndarray:
+    """`check_sigmas` of whatever a user gives.
+
+    Raises:
+      UserError: they are no noise levels.
+    """
+    try:
+        return check_sigmas(sigmas)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise reject("sigmas", sigmas, "numbers, noise levels above 0") from error
+
+
+def precision_of(name: str) -> str:
+    """Of products: the name, or for "" highest on a CPU and high elsewhere, as TF32 or one
+    bfloat16 pass would do above sigma_star only.
+
+    Raises:
+      UserError: there is no such precision.
+    """
+    if name and name not in PRECISIONS:
+        raise reject("estimator.precision", name, f"one of {', '.join(PRECISIONS)}")
+    return name or ("highest" if jax.default_backend() == "cpu" else "high")
 
 
 def _from_host(data, sigmas, key, seed, num_draws, chunk, tile, options):
@@ -160,19 +161,40 @@ def _from_host(data, sigmas, key, seed, num_draws, chunk, tile, options):
 
 
 def _by_class(data, labels, sigmas, key, seed, place, num_draws, options):
-    whole = rows(data, labels=labels, **place)  # Refuses what cannot be.
-    variance = float(jnp.sum(whole.square)) / int(whole.count)
-    del whole
-    data, labels = np.asarray(data), np.asarray(labels)
+    data = np.asarray(data)
+    labels = check_labels(labels, len(data))
     classes, counts = np.unique(labels, return_counts=True)
+    alone = counts == 1
+    if alone.any():
+        said = f"{alone.sum()} classes have one row, of which nothing can be lost: J* is 0."
+        warnings.warn(said, stacklevel=3)
+    # One program for all classes: of their average size, or of the smallest where it must fit.
+    share = lambda n, of: max(1, round(of * n / len(data)))
+    average = len(data) / len(classes)
+    few = options["exact_draws"] or -(-num_draws // 8)
+    block = block_size(
+        options["block"],
+        share(average, num_draws),
+        options["estimator"],
+        share(average, few),
+        options["antithetic"],
+    )
+    least = 2 * block if options["estimator"] == "exact" else BATCHES * block
+    if options["estimator"] != "exact" and not options["subset_size"]:
+        size = min([2048, *counts[~alone].tolist()])
+        options = options | dict(subset_size=size)
     place["tile"] = min(place["tile"], int(counts.max()))
     tiles = -(-int(counts.max()) // place["tile"])
     parts = []
     for c, n in zip(classes, counts, strict=True):
+        if n == 1:
+            parts.append(_nothing(sigmas, data[0].size))
+            continue
         found = rows(data[labels == c], tiles=tiles, **place)
-        share = max(2, round(num_draws * n / len(data)))
         own = jax.random.fold_in(key, int(c) + 1)
-        parts.append(of_rows(found, sigmas, own, seed + int(c), num_draws=share, **options))
+        given = options | dict(block=block, num_draws=max(share(n, num_draws), least))
+        given["exact_draws"] = max(share(n, few), least)
+        parts.append(of_rows(found, sigmas, own, seed + int(c), **given))
     weight = (counts / counts.sum())[:, None]
     each = lambda name: np.stack([getattr(p, name) for p in parts])
     mean = lambda name: np.sum(weight * each(name), 0)
@@ -180,9 +202,16 @@ def _by_class(data, labels, sigmas, key, seed, place, num_draws, options):
     return parts[0]._replace(
         **{n: mean(n) for n in ("value", "lower", "upper", "ess", "p_self")},
         **{n: error(n) for n in ("stderr", "lower_err", "upper_err")},
-        variance=np.array(variance),
+        variance=np.sum(weight[:, 0] * each("variance")),
         num_draws=np.sum(each("num_draws")),
     )
+
+
+def _nothing(sigmas, dim) -> OptimalLoss:
+    """The curve of one row."""
+    zero, one = np.zeros(len(sigmas)), np.ones(len(sigmas))
+    ends = (np.array(0.0), np.array(0), np.array(dim))
+    return OptimalLoss(np.asarray(sigmas, float), *[zero] * 6, one, one, *ends)
 
 
 def of_rows(
@@ -225,13 +254,17 @@ def of_rows(
     )
     levels = jnp.asarray(sigmas, data.square.dtype)
     near = nearest_neighbours(data, plan.neighbours, precision) if plan.neighbours else None
+    fetched = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
     found = []
     for step in tqdm(
         range(plan.steps), desc="optimal loss", disable=None if progress else True
     ):
         part = block_of(plan, first + step, seed)
         made = measured(plan, step < plan.few, data, part, key, levels, near, precision)
-        found.append(jax.tree.map(lambda a: np.asarray(a, np.float64), made))
+        if found:  # One behind, so that the device need not wait for the host.
+            found[-1] = fetched(found[-1])
+        found.append(made)
+    found[-1] = fetched(found[-1])
     exact = [f.exact for f in found if f.exact is not None]
     cheap = [f.cheap for f in found if f.cheap is not None]
     stack = lambda many: jax.tree.map(lambda *a: np.stack(a), *many) if many else None
@@ -242,91 +275,3 @@ def sizes(data: Rows) -> tuple[float, float]:
     """A = E |x_0|^2 of uncentred rows, and the variance V."""
     variance = np.asarray(data.square, np.float64).sum() / int(data.count)
     return float(variance + (np.asarray(data.mean, np.float64) ** 2).sum()), float(variance)
-
-
-def curve_of(
-    plan: Plan,
-    sigmas: np.ndarray,
-    exact: draws.Moments | None,
-    cheap: draws.Subset | None,
-    square: float,
-    variance: float,
-) -> OptimalLoss:
-    """Blocks, stacked along axis 0 as float64, as a curve.
-
-    Args:
-      plan: whose blocks they are; of "corrected" the first `few` of `cheap` go with `exact`.
-      sigmas: [S].
-      exact: moments [few, S].
-      cheap: moments [steps, S], or None.
-      square, variance: `sizes`.
-    """
-    if plan.estimator == "exact":
-        main = exact
-        value = low = up = _by_draw(exact, plan, square)
-    else:
-        low = _by_block(cheap.lower.mean.trcov)
-        up = _by_block(cheap.upper.mean.residual)
-        main = {"dol": cheap.lower, "snis": cheap.upper}.get(plan.estimator, cheap.corrected)
-        value = _by_block(_form(main.mean, plan.form, square))
-    if plan.estimator == "corrected":
-        base = _form(cheap.corrected.mean, plan.form, square)
-        truth = _form(exact.mean, plan.form, square)
-        value, main = _controlled(truth, base[: plan.few], base[plan.few :]), exact
-    return OptimalLoss(
-        sigmas=np.asarray(sigmas, np.float64),
-        value=value[0],
-        stderr=value[1],
-        lower=low[0],
-        upper=up[0],
-        lower_err=low[1],
-        upper_err=up[1],
-        ess=main.mean.ess.mean(0),
-        p_self=main.mean.p_self.mean(0),
-        variance=np.array(variance),
-        num_draws=np.array(len(main.mean.ess) * plan.block),
-        dim=np.array(plan.dim),
-    )
-
-
-def _form(mean, form, square):
-    """Of block means: the mean of this form."""
-    return square - mean.mean_square if form == "unpaired" else getattr(mean, form)
-
-
-def _by_draw(found, plan, square):
-    """Mean and standard error where draws, or pairs of them, are independent."""
-    mean = _form(found.mean, plan.form, square)
-    name = "mean_square" if plan.form == "unpaired" else plan.form
-    if plan.fold > 1:  # Pairs are not independent; blocks of them are.
-        return _by_block(mean)
-    n = len(mean) * plan.block
-    if n < 2:
-        return mean.mean(0), np.full(mean.shape[1:], np.nan)
-    within = getattr(found.spread, name).sum(0)
-    between = plan.block * np.sum((mean - mean.mean(0)) ** 2, 0)
-    return mean.mean(0), np.sqrt((within + between) / (n - 1) / n)
-
-
-def _by_block(means):
-    """Mean and standard error where the draws of a block belong together."""
-    n = len(means)
-    if n < 2:
-        return means.mean(0), np.full(means.shape[1:], np.nan)
-    return means.mean(0), means.std(0, ddof=1) / np.sqrt(n)
-
-
-def _controlled(truth, base, many):
-    """The control variate's value and standard error, from block means."""
-    n, m = len(truth), len(many)
-    about = lambda v: v - v.mean(0)
-    covariance = np.sum(about(truth) * about(base), 0)
-    spread = np.sum(about(base) ** 2, 0)
-    # Of independent means over n and m blocks; no correlation, no correction.
-    beta = np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0)
-    beta = np.clip(beta, 0, None) * m / (n + m)
-    value = truth.mean(0) + beta * (many.mean(0) - base.mean(0))
-    rest = truth - beta * base
-    # Two numbers, the mean and beta, were fitted.
-    error = np.sum(about(rest) ** 2, 0) / max(n - 2, 1) / n + beta**2 * many.var(0, ddof=1) / m
-    return value, np.sqrt(error)

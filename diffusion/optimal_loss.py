@@ -31,15 +31,16 @@ from common import mesh as meshes
 from common.errors import reject
 from common.experiment import Experiment
 from diffusion import actions, curve, evaluation, report
+from diffusion import loss as objective
 from diffusion.augment import augment
-from diffusion.dataset import dataset
+from diffusion.dataset import dataset, fingerprint
 from diffusion.estimation import result
 from diffusion.guidance import drop
 from diffusion.images import scaled
 from diffusion.optimal_schedule import Tracked, middles
-from diffusion.preconditioning import denoiser
+from diffusion.parts import parts_of
 from optim import ema
-from optim.denoising import denoising
+from optim.denoising import PATIENCE, denoising
 
 
 class State(NamedTuple):
@@ -50,12 +51,14 @@ class State(NamedTuple):
       opt: of Optax.
       averages: of params["net"].
       schedule: of `schedules.Schedule`.
+      shown: [3], loss, error and gradient norm of the last step that moved something.
     """
 
     params: Any
     opt: optax.OptState
     averages: ema.Averages
     schedule: Any
+    shown: jax.Array
 
 
 def make(config) -> Experiment:
@@ -65,48 +68,55 @@ def make(config) -> Experiment:
       UserError: the config asks for what cannot be.
     """
     images = dataset(**config.data, seed=config.data_seed)
-    _check(config, images)
-    parts = evaluation.parts_of(config, images)
+    _check(config)
+    parts = parts_of(config, images)
+    evaluation.check(config, images, parts)
     net, made = parts.network, parts.schedule
     tx = denoising(**config.optim, steps=config.steps)
     averages = averages_of(config)
 
     def init(key):
-        params = {"net": net.normalized(net.init(key))}
-        if made.learned and net.uncertainty is None:
-            params["log_loss"] = jnp.zeros(KNOTS)
+        params = objective.init(net, key, made.learned)
         mean = ema.init(params["net"], averages)
-        return State(params, tx.init(params), mean, made.init())
+        return State(params, tx.init(params), mean, made.init(), jnp.zeros(3))
 
     def step(state, batch, key):
         keys = jax.random.split(key, 5)
         x0 = scaled(batch["x"])
         cond = {} if "label" not in batch else {"label": batch["label"]}
+        told = cond
         if config.augment:
             x0, cond["augment"] = augment(keys[4], x0, config.augment)
         if config.label_drop:
-            cond = drop(keys[2], cond, config.label_drop)
+            told = drop(keys[2], cond, config.label_drop)
         s = made.sample(keys[0], len(x0), state.schedule)
         eps = jax.random.normal(keys[1], x0.shape)
-        given = dict(x0=x0, eps=eps, s=s, cond=cond)
-        loss = partial(_loss, config, parts, state.schedule, keys[3])
-        (value, error), grads = _gradient(loss, state.params, given, config.accumulate)
+        given = objective.Given(x0, eps, s, made.weight(s, state.schedule), told)
+        dropout = keys[3] if config.model.dropout else None
+        loss = lambda params, given, key: objective.loss(
+            net, parts.wrap, params, given, key, made.learned
+        )
+        (value, error), grads = objective.gradient(
+            loss, state.params, given, dropout, config.accumulate
+        )
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         params = params | {"net": net.normalized(params["net"])}
         mean = ema.update(state.averages, params["net"], averages)
-        seen = made.update(state.schedule, s, error)
         good = opt.last_finite
+        seen = made.update(state.schedule, s, error, _like_the_floor(cond, told) & good)
+        # A step that was left out repeats the figures before it; too many end the run.
+        found = jnp.stack([value, jnp.mean(error), optax.tree.norm(grads)])
+        shown = jnp.where(good | (opt.notfinite_count >= PATIENCE), found, state.shown)
         values = {
-            # A step that was left out shows as such, not as a loss; too many end the run.
-            "loss": jnp.where(good | (opt.notfinite_count >= 20), value, 0.0),
-            "x0_error": jnp.where(good, jnp.mean(error), 0.0),
-            "grad_norm": jnp.where(good, optax.tree.norm(grads), 0.0),
+            "loss": shown[0],
+            "x0_error": shown[1],
+            "grad_norm": shown[2],
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params["net"]),
             "skipped": opt.total_notfinite.astype(jnp.float32),
         }
-        return State(params, opt, mean, seen), values
+        return State(params, opt, mean, seen, shown), values
 
     return Experiment(
         init=init,
@@ -114,7 +124,7 @@ def make(config) -> Experiment:
         batch=partial(_batch, config, images),
         evaluate=partial(evaluation.evaluate, config, images, parts),
         report=report.report,
-        adopt=partial(_adopt, config),
+        adopt=partial(_adopt, config, fingerprint(images, config.data.class_cond)),
         rules=net.rules(config.fsdp),
         actions={
             name: partial(run, config, images, parts) for name, run in actions.TRAINED.items()
@@ -123,44 +133,14 @@ def make(config) -> Experiment:
     )
 
 
-KNOTS = 64  # Of the learned log loss, over log s from SPAN[0] to SPAN[1].
-SPAN = (-7.0, 5.0)
-
-
-def _loss(config, parts, schedule_state, key, params, given):
-    """Mean weighted loss of a batch, and the squared error of each sample."""
-    of = denoiser(
-        parts.network.apply, params["net"], parts.wrap, given["cond"],
-        key if config.model.dropout else None,
-    )  # fmt: skip
-    s = given["s"]
-    x = given["x0"] + s.reshape(-1, 1, 1, 1) * given["eps"]
-    error = jnp.mean((of(x, s) - given["x0"]) ** 2, (1, 2, 3))
-    weighted = parts.schedule.weight(s, schedule_state) * error
-    if parts.schedule.learned:
-        if parts.network.uncertainty is None:
-            knots = jnp.linspace(*SPAN, KNOTS)
-            u = jnp.interp(jnp.log(s), knots, params["log_loss"])
-        else:
-            u = parts.network.uncertainty(params["net"], parts.wrap.c_noise(s))
-        weighted = weighted * jnp.exp(-u) + u
-    return jnp.mean(weighted), error
-
-
-def _gradient(loss, params, given, parts: int):
-    """Loss, errors and gradient; `parts` slices of the batch one after the other."""
-    both = jax.value_and_grad(loss, has_aux=True)
-    if parts == 1:
-        return both(params, given)
-    split = lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0)
-
-    def more(carry, part):
-        (value, error), grads = both(params, part)
-        return jax.tree.map(lambda a, b: a + b / parts, carry, (value, grads)), error
-
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (value, grads), errors = jax.lax.scan(more, zero, jax.tree.map(split, given))
-    return (value, jnp.moveaxis(errors, 0, 1).reshape(-1)), grads
+def _like_the_floor(cond, told) -> Any:
+    """Which samples have the optimum that the schedule knows: told their class, unaltered."""
+    use = jnp.array(True)
+    if "label" in cond:
+        use = use & (told["label"] == cond["label"])
+    if "augment" in cond:
+        use = use & jnp.all(cond["augment"] == 0, -1)
+    return use
 
 
 def _batch(config, images, step) -> dict:
@@ -175,21 +155,36 @@ def averages_of(config) -> tuple:
     """The schedules of the averages: a half-life, or two power functions."""
     e = config.ema
     if e.kind == "half_life":
+        if e.images <= 0:
+            raise reject("ema.images", e.images, "a number of images above 0")
         return (ema.half_life(float(e.images), config.batch_size, e.ramp or None),)
     if e.kind == "power":
+        if not e.sigma_rel:
+            raise reject("ema.sigma_rel", tuple(e.sigma_rel), "at least one width")
         return tuple(ema.power(width) for width in e.sigma_rel)
     if e.kind == "plain":
         return (ema.plain(e.decay),)
     raise reject("ema.kind", e.kind, "half_life, power or plain")
 
 
-def _adopt(config, fresh: State, donor: Any) -> State:
-    """A curve for the schedule, or the parameters of another training run."""
+def _adopt(config, source, fresh: State, donor: Any) -> State:
+    """A curve for the schedule, or the parameters of another training run.
+
+    Raises:
+      UserError: the schedule needs a curve, or the curve is of other data.
+    """
+    wanted = isinstance(fresh.schedule, Tracked)
     if isinstance(donor, State):
+        if wanted:
+            allowed = "an estimation run, such as floor-seed0, for schedule.kind optimal_loss"
+            raise reject("init_from", config.init_from, allowed)
         mean = fresh.averages._replace(trees=donor.averages.trees)
         return fresh._replace(params=donor.params, averages=mean)
-    if not isinstance(fresh.schedule, Tracked):
+    if not wanted:
         return fresh
+    if not np.array_equal(donor.source, source):
+        allowed = "an estimation run of the same data, with the same data.class_cond"
+        raise reject("init_from", config.init_from, allowed)
     e, made = config.estimator, config.schedule
     found = result(e.name, e.form, 2 if e.antithetic else 1, donor)
     at = np.exp(middles(made.sigma_min, made.sigma_max, made.optimal.bins))
@@ -202,7 +197,7 @@ def _adopt(config, fresh: State, donor: Any) -> State:
     return fresh._replace(schedule=tracked)
 
 
-def _check(config, images) -> None:
+def _check(config) -> None:
     devices = meshes.make(**config.mesh).shape["data"]
     if config.batch_size < 1 or config.batch_size % devices:
         allowed = f"a multiple of the {devices} devices of mesh.data"
@@ -219,4 +214,3 @@ def _check(config, images) -> None:
     if config.schedule.kind == "optimal_loss" and not config.init_from:
         allowed = "an estimation run, such as floor-seed0, for schedule.kind optimal_loss"
         raise reject("init_from", config.init_from, allowed)
-    evaluation.check(config, images)

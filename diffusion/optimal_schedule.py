@@ -161,10 +161,13 @@ def optimal(
         u = jax.random.uniform(within, (n,))
         return jnp.exp(edges[bin_] + u * (edges[bin_ + 1] - edges[bin_]))
 
-    def update(state, s, error):
+    def update(state, s, error, use=True):
         n = len(s)
         bin_ = jnp.clip(jnp.searchsorted(edges, jnp.log(s), side="right") - 1, 0, bins - 1)
-        one_hot = (bin_[:, None] == jnp.arange(bins)).astype(jnp.float32)
+        # One number that is none would stay in every bin for ever.
+        use = jnp.isfinite(error) & use
+        one_hot = ((bin_[:, None] == jnp.arange(bins)) & use[:, None]).astype(jnp.float32)
+        error = jnp.where(use, error, 0)
         keep = 0.5 ** (n / half_life)
         state = state._replace(
             total=keep * state.total + (1 - keep) * jnp.sum(one_hot * error[:, None], 0),

@@ -1,7 +1,8 @@
 """What an estimator does, block by block, so that a run can stop and go on between any two."""
 
+import operator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,7 +13,7 @@ from diffusion.rows import Rows
 ESTIMATORS = ("exact", "dol", "cdol", "snis", "knn", "corrected")
 FORMS = ("trcov", "residual", "paired", "unpaired")
 RULES = ("paper", "tapered", "ht")
-BATCHES = 16  # Subsets at least, so that their spread can be told.
+BATCHES = 16  # Blocks at least, so that their spread can be told.
 
 
 class Plan(NamedTuple):
@@ -23,7 +24,7 @@ class Plan(NamedTuple):
       rule, constant: of C.
       count, dim: N and D.
       subset, neighbours: L and K, 0 where there are none.
-      block: draws in a block.
+      block: draws in a block; what was asked for, or less, see `block_size`.
       steps: blocks in all.
       few: blocks with exact sums.
       fold: draws that share a row and a noise.
@@ -64,9 +65,13 @@ def plan_of(
     antithetic: bool,
     block: int,
 ) -> Plan:
-    """The plan for N rows of D numbers; arguments as of `estimate_optimal_loss`."""
-    if num_draws < 1:
-        raise reject("estimator.num_draws", num_draws, "a whole number from 1 up")
+    """The plan for N rows of D numbers; arguments as of `estimate_optimal_loss`.
+
+    Raises:
+      UserError: one of them cannot be, or leaves "corrected" fewer than `BATCHES` blocks of
+        either kind.
+    """
+    num_draws = whole("num_draws", num_draws)
     if estimator not in ESTIMATORS:
         raise reject("estimator.name", estimator, f"one of {', '.join(ESTIMATORS)}")
     if form not in FORMS:
@@ -76,20 +81,55 @@ def plan_of(
     if estimator != "exact":
         size = subset_size or min(2048, count)
         k = (neighbours or max(1, size // 2 - 1)) if rule == "knn" else 0
-        _check_subset(size, k, count)
-    block = _block(estimator, block, num_draws, antithetic, dim, k)
+        _check_subset(estimator, size, k, count)
+    corrected = estimator == "corrected"
+    if corrected:
+        least = BATCHES * _fold(estimator, antithetic)
+        exact_draws = whole("exact_draws", exact_draws or max(-(-num_draws // 8), least))
+    block = block_size(block, num_draws, estimator, exact_draws, antithetic)
     many = -(-num_draws // block)
-    few = {"exact": many, "corrected": -(-(exact_draws or -(-num_draws // 8)) // block)}
-    few = few.get(estimator, 0)
-    steps = many + few if estimator == "corrected" else many
-    if estimator == "corrected" and min(few, many) < 2:
+    few = {"exact": many, "corrected": -(-exact_draws // block)}.get(estimator, 0)
+    if corrected and min(few, many) < BATCHES:
         raise UserError(
             f"config.estimator.exact_draws and num_draws give {few} and {many} blocks of "
-            f"{block} draws, but the correction needs at least 2 of each."
+            f"{block} draws, but the correction needs at least {BATCHES} of each."
         )
+    steps = many + few if corrected else many
     fold = 2 if antithetic else 1
     fields = (estimator, form, rule, constant, count, dim, size, k, block, steps, few, fold)
     return Plan(*fields)
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A field of `config.estimator` that must be a whole number.
+
+    Raises:
+      UserError: it is none, or below `least`.
+    """
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = least - 1
+    if found < least:
+        raise reject(f"estimator.{name}", value, f"a whole number from {least} up")
+    return found
+
+
+def block_size(
+    block: int, num_draws: int, estimator: str, exact_draws: int, antithetic: bool
+) -> int:
+    """Draws of a block: no more than are asked for.
+
+    Of subsets it is at most a 16th of the draws, and of the exact ones, so that there are
+    blocks whose spread can be told; and a multiple of the devices, which share it.
+    """
+    block = min(whole("block", block), num_draws)
+    if estimator != "exact":
+        block = min(block, num_draws // BATCHES)
+    if estimator == "corrected":
+        block = min(block, exact_draws // BATCHES)
+    fold = _fold(estimator, antithetic)
+    return max(block - block % fold, fold)
 
 
 def block_of(plan: Plan, step: int, seed: int) -> draws.Block:
@@ -144,23 +184,18 @@ def _rule(estimator, c_rule, neighbours):
     raise reject("estimator.c_rule", c_rule, f"one of {', '.join(RULES)}, or C above 0")
 
 
-def _check_subset(size, k, count):
-    if not 2 <= size <= count:
+def _check_subset(estimator, size, k, count):
+    if count < 2:
+        raise reject("estimator.name", estimator, "exact where there is one row")
+    if not 2 <= whole("subset_size", size) <= count:
         raise reject("estimator.subset_size", size, f"from 2 to the {count} rows there are")
-    if k and not 1 <= k < size - 1:
+    if k and not 1 <= whole("neighbours", k) < size - 1:
         raise reject("estimator.neighbours", k, f"from 1 to {size - 2}, below L - 1")
     if k and k >= count - 1:
         raise reject("estimator.neighbours", k, f"below {count - 1}")
 
 
-def _block(estimator, block, num_draws, antithetic, dim, k):
-    if block < 1:
-        raise reject("estimator.block", block, "a whole number from 1 up")
-    block = min(block, num_draws)
-    if estimator != "exact":
-        block = min(block, max(2, num_draws // BATCHES))
-    if k:  # Every draw gathers rows of its own.
-        block = min(block, max(2, 2**26 // (k * dim)))
-    devices = draws.meshes.current()
-    fold = devices * 2 if antithetic else devices
-    return max(block - block % fold, fold)
+def _fold(estimator, antithetic):
+    """What the draws of a block must be a multiple of."""
+    devices = 1 if estimator == "exact" else draws.meshes.current()
+    return devices * 2 if antithetic else devices

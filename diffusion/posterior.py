@@ -11,18 +11,28 @@ partial sums of devices or hosts are merged by the same rule. Beside the data an
 pass has two or three arrays [B, D] and some rows as numbers, whatever N.
 
 Cost of a pass: 2 D (2 + S) FLOPs per query and row for S noise levels that share draws, 4 D
-for one alone, where both products are one.
+for one alone that is not small, where both products are one.
+
+Distances come from norms and products, which rounding leaves correct to about 1e-7 |y|^2. The
+few rows nearer to a source than that allows are subtracted from it number by number.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from common.errors import UserError
 from diffusion.preconditioning import Denoiser
 from diffusion.rows import ABSENT, Rows, fold
+
+SMALL = 1e-3  # Of the largest |y|^2: s^2 below it is small.
+NEAR = 1024  # Roundings of |x_0|^2 + |y|^2: a distance below it is too inexact.
+NEAREST = 16  # Of the rows of a query that a device works on at a time.
 
 
 class Queries(NamedTuple):
@@ -48,7 +58,7 @@ class Sums(NamedTuple):
       top: [S, B], the largest logit so far; what follows is relative to exp(top).
       weight: [S, B], sum of w.
       rows: [S, B, D], sum of w y.
-      distance: [S, B], sum of w d; of w |y|^2 while a pass for one noise level is under way.
+      distance: [S, B], sum of w d.
       square: [S, B], sum of w^2.
     """
 
@@ -100,19 +110,81 @@ def accumulate(
     """Adds the rows of `data`; traced. Rows of several calls must be different ones.
 
     Args:
-      sums: so far; of one noise level, those that `finished` has not seen yet.
+      sums: so far.
       data: rows, or a part of them.
       queries: the draws.
       sigmas: noise levels s > 0.
       precision: of the products, as in `jax.lax.Precision`; sums are float32 or wider.
     """
     dot = partial(jnp.matmul, precision=precision)
+    least = jnp.sqrt(jnp.finfo(sigmas.dtype).tiny)
+    # The square of a smaller one is no number; all weights but the source's vanish before.
+    sigmas = jnp.maximum(sigmas, least)
+    counted = lambda add: _counted(add, queries)
     if len(sigmas) > 1:
-        return fold(_together(dot, queries, sigmas), sums, data)
+        return fold(counted(_together(dot, queries, sigmas)), sums, data)
+
+    def apart(sums):
+        return fold(counted(_together(dot, queries, sigmas[0])), sums, data)
+
+    def joint(sums):
+        begun = _squared(sums, queries)
+        return _about(fold(counted(_alone(dot, queries, sigmas[0])), begun, data), queries)
+
+    # Where logits are large, what the joint product loses to rounding is not small to 1.
+    small = sigmas[0] ** 2 < SMALL * jnp.max(data.square)
     # Without the axis of levels each sum takes the place of the one before it.
     begun = jax.tree.map(lambda a: a[0], sums)
-    done = fold(_alone(dot, queries, sigmas[0]), begun, data)
+    done = jax.lax.cond(small, apart, joint, begun)
     return jax.tree.map(lambda a: a[None], done)
+
+
+def accumulate_some(
+    sums: Sums,
+    y: Float[Array, "t d"],
+    square: Float[Array, " t"],
+    there: Bool[Array, "b t"],
+    queries: Queries,
+    sigmas: Float[Array, " s"],
+    precision: str = "highest",
+) -> Sums:
+    """Adds centred rows, all at once, each to the queries for which it is there; traced."""
+    dot = partial(jnp.matmul, precision=precision)
+    return _together(dot, queries, sigmas)(sums, y, square, there)
+
+
+def of_own_rows(
+    y: Float[Array, "b k d"],
+    there: Bool[Array, "b k"],
+    x0: Float[Array, "b d"],
+    eps: Float[Array, "b d"],
+    sigmas: Float[Array, " s"],
+    precision: str = "highest",
+) -> Sums:
+    """Sums over centred rows that each query has for itself, `there` or left out; traced."""
+    einsum = partial(jnp.einsum, precision=precision)
+    apart = y - x0[:, None]
+    distance = jnp.sum(apart**2, -1)
+    gain = einsum("bkd,bd->bk", apart, eps)
+    s = sigmas[:, None, None]
+    logit = jnp.where(there, -0.5 * distance / s**2 + gain / s, -jnp.inf)
+    low = jnp.finfo(logit.dtype).min / 2
+    top = jnp.maximum(jnp.max(logit, -1, initial=low), low)
+    w = jnp.exp(logit - top[..., None])
+    return Sums(
+        top=top,
+        weight=jnp.sum(w, -1),
+        rows=einsum("sbk,bkd->sbd", w, y),
+        distance=jnp.sum(w * distance, -1),
+        square=jnp.sum(w**2, -1),
+    )
+
+
+def _counted(add, queries):
+    """`add` with what `fold` gives it."""
+    return lambda sums, y, square, index, label: add(
+        sums, y, square, _counts(queries, index, label)
+    )
 
 
 def _alone(dot, queries, s):
@@ -121,39 +193,94 @@ def _alone(dot, queries, s):
     both = queries.x0 / s**2 + queries.eps / s
     shift = 0.5 * own / s**2 + across / s
 
-    def add(sums, y, square, index, label):
+    def add(sums, y, square, there):
         logit = dot(both, y.T) - 0.5 * square / s**2 - shift
-        logit = jnp.where(_counts(queries, index, label), logit, -jnp.inf)
-        return _add(dot, sums, y, logit, square)
+        return _add(dot, sums, y, jnp.where(there, logit, -jnp.inf), square)
 
     return add
 
 
+def _squared(sums, queries):
+    """With sum w |y|^2 in place of sum w d; of one noise level, as is `_about`, its inverse."""
+    x0 = queries.x0
+    size = sums.weight * jnp.sum(x0**2, -1)
+    return sums._replace(distance=sums.distance + 2 * jnp.sum(sums.rows * x0, -1) - size)
+
+
+def _about(sums, queries):
+    x0 = queries.x0
+    size = sums.weight * jnp.sum(x0**2, -1)
+    about = sums.distance - 2 * jnp.sum(sums.rows * x0, -1) + size
+    return sums._replace(distance=jnp.maximum(about, 0))
+
+
 def _together(dot, queries, sigmas):
-    """The products with x_0 and with eps serve all levels."""
+    """The products with x_0 and with eps serve all levels, [S] or one of them, []."""
     own, across = _own(queries)
 
-    def add(sums, y, square, index, label):
-        there = _counts(queries, index, label)
+    def add(sums, y, square, there):
         size = own + square
         distance = size - 2 * dot(queries.x0, y.T)
-        # Below rounding it is a copy of the row.
-        apart = distance > 4 * jnp.finfo(distance.dtype).eps * size
-        distance = jnp.where(apart, distance, 0)
-        gain = jnp.where(apart, dot(queries.eps, y.T) - across, 0)
+        gain = dot(queries.eps, y.T) - across
+        distance, gain = _subtracted(distance, gain, size, there, y, queries)
+
+        def one(s, sums):
+            logit = jnp.where(there, -0.5 * distance / s**2 + gain / s, -jnp.inf)
+            return _add(dot, sums, y, logit, distance)
+
+        if not sigmas.ndim:
+            return one(sigmas, sums)
 
         def level(i, sums):
-            s = sigmas[i]
-            logit = jnp.where(there, -0.5 * distance / s**2 + gain / s, -jnp.inf)
             take = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
             put = lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, 0)
-            new = _add(dot, jax.tree.map(take, sums), y, logit, distance)
-            return jax.tree.map(put, sums, new)
+            return jax.tree.map(put, sums, one(sigmas[i], jax.tree.map(take, sums)))
 
         # Unsigned: no index counts from the end, so that the updates can be in place.
         return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(len(sigmas)), level, sums)
 
     return add
+
+
+def _subtracted(distance, gain, size, there, y, queries):
+    """Distances [B, T] and gains, those of the nearest rows from differences.
+
+    Each query's nearest one of the rows that are too near, then the next, up to `NEAREST`.
+    """
+    eps = jnp.finfo(distance.dtype).eps
+    draw = jnp.arange(len(distance))
+    left = jnp.where(there & (distance < NEAR * eps * size), distance, jnp.inf)
+    # What is left in the end is a copy of the row, below rounding.
+    copy = distance <= 4 * eps * size
+    distance, gain = (jnp.where(copy, 0, a) for a in (distance, gain))
+
+    # Differences of some draws at a time take little room.
+    some = lambda a: a.reshape(math.gcd(len(draw), 8), -1, *a.shape[1:])
+
+    def pair(given):
+        at, x0, noise = given
+        apart = y[at] - x0
+        return jnp.sum(apart**2, -1), jnp.sum(apart * noise, -1)
+
+    def more(carry):
+        step, left, *_ = carry
+        return (step < NEAREST) & jnp.any(left < jnp.inf)
+
+    def subtract(carry):
+        step, left, distance, gain = carry
+        at = jnp.argmin(left, -1)
+        exact, along = jax.lax.map(pair, (some(at), some(queries.x0), some(queries.eps)))
+        exact, along = exact.ravel(), along.ravel()
+        # Stored numbers of one kind may become two that differ in their last digit.
+        other = (left[draw, at] < jnp.inf) & (exact > 16 * eps**2 * size[draw, at])
+        same = (left[draw, at] < jnp.inf) & ~other
+        put = lambda a, new: a.at[draw, at].set(
+            jnp.where(other, new, jnp.where(same, 0, a[draw, at]))
+        )
+        left = left.at[draw, at].set(jnp.inf)
+        return step + 1, left, put(distance, exact), put(gain, along)
+
+    return jax.lax.while_loop(more, subtract, (0, left, distance, gain))[2:]
 
 
 def _own(queries):
@@ -184,20 +311,6 @@ def _add(dot, sums, y, logit, distance) -> Sums:
         distance=before * total + jnp.sum(w * distance, -1),
         square=before**2 * square + jnp.sum(w**2, -1),
     )
-
-
-def finished(sums: Sums, queries: Queries) -> Sums:
-    """`distance` of a pass for one noise level, from sum w |y|^2; others as they are."""
-    if len(sums.top) > 1:
-        return sums
-    x0 = queries.x0
-    about = sums.distance - 2 * jnp.sum(sums.rows * x0, -1)
-    size = sums.weight * jnp.sum(x0**2, -1)
-    about = about + size
-    # Below rounding the rows are copies of the source.
-    tiny = 4 * jnp.finfo(about.dtype).eps
-    real = about > tiny * (size + sums.distance)
-    return sums._replace(distance=jnp.where(real, about, 0))
 
 
 def merged(parts: Sums) -> Sums:
@@ -234,7 +347,7 @@ def finish(
     """Lets the source row join, with a weight of exp(log_source), and takes the moments.
 
     Args:
-      sums: of all other rows, `finished`.
+      sums: of all other rows.
       queries: the draws.
       mean: what was subtracted from the rows.
       log_source: 0 for the posterior; -log C for the corrected estimator; -inf leaves the
@@ -289,25 +402,47 @@ def optimal_denoiser(
     Returns:
       (x [B, ...], s [B] or scalar) -> [B, ...], weighted means of rows. Traced; jit with
       `data` as an argument, as a large constant takes XLA minutes to fold.
+
+    Raises:
+      UserError: a class has no rows; where neither it nor `data` is traced.
     """
+    if label is not None:
+        _check_classes(data, label)
 
     def denoise(x, s):
         wide = data.square.dtype
         flat = x.reshape(len(x), -1).astype(wide) - data.mean
         s = jnp.broadcast_to(jnp.asarray(s, wide), x.shape[:1])[:, None]
+        s = jnp.maximum(s, jnp.sqrt(jnp.finfo(wide).tiny))
         none = jnp.full(len(x), -1, jnp.int32)
         queries = Queries(flat, flat, none, none if label is None else label)
         dot = partial(jnp.matmul, precision=precision)
 
-        def add(sums, y, square, index, labels):
+        def add(carry, y, square, index, labels):
+            top, weight, rows = carry
             # Of -|x - y|^2 / 2, what depends on the row; scaled afterwards, for tiny s.
-            logit = (dot(flat, y.T) - 0.5 * square) / s**2
+            logit = dot(flat, y.T) - 0.5 * square
             logit = jnp.where(_counts(queries, index, labels), logit, -jnp.inf)
-            return _add(dot, sums, y, logit, jnp.zeros_like(square))
+            new = jnp.maximum(top, jnp.max(logit, -1, keepdims=True))
+            before = jnp.exp((top - new) / s / s)
+            w = jnp.exp((logit - new) / s / s)
+            weight = before * weight + jnp.sum(w, -1, keepdims=True)
+            return new, weight, before * rows + dot(w, y)
 
-        begun = jax.tree.map(lambda a: a[0], nothing(1, queries))
-        sums = fold(add, begun, data)
-        mean = sums.rows / sums.weight[:, None] + data.mean
+        zero = jnp.zeros((len(x), 1), wide)
+        low = jnp.full_like(zero, jnp.finfo(wide).min / 2)
+        _, weight, rows = fold(add, (low, zero, jnp.zeros_like(flat)), data)
+        mean = rows / weight + data.mean
         return mean.reshape(x.shape).astype(x.dtype)
 
     return denoise
+
+
+def _check_classes(data, label):
+    known = lambda a: not isinstance(a, jax.core.Tracer) and a.is_fully_addressable
+    if not all(known(jnp.asarray(a)) for a in (label, data.label, data.index)):
+        return
+    there = np.unique(np.asarray(data.label)[np.asarray(data.index) >= 0])
+    missing = np.setdiff1d(np.asarray(label), [*there, ABSENT])
+    if missing.size:
+        raise UserError(f"No row of the data has the class {missing[0]} of a sample.")

@@ -16,7 +16,7 @@ from common import mesh as meshes
 from common.experiment import Report, Run
 from diffusion import (
     curve,
-    evaluation,
+    drawing,
     figures,
     findings,
     pictures,
@@ -25,6 +25,7 @@ from diffusion import (
 from diffusion.dataset import dataset
 from diffusion.findings import TOLERANCE, Groups, digits
 from diffusion.images import scaled
+from diffusion.parts import parts_of
 
 DISTANCES = {
     "local": "local Frechet distance",
@@ -245,10 +246,10 @@ def _samples(groups: Groups, folder: Path) -> list[tuple[str, str]]:
         devices = meshes.current()
         config.sampler.batch_size = -(-SHOWN // devices) * devices
         data = dataset(**config.data, seed=config.data_seed)
-        parts = evaluation.parts_of(config, data)
+        parts = parts_of(config, data)
         params = run.state().averages.trees[0]
         key = jax.random.key(config.seed)
-        made = evaluation.samples(config, data, parts, params, key, SHOWN)
+        made = drawing.samples(config, data, parts, params, key, SHOWN)
         real = np.asarray(
             scaled(data.rows[np.linspace(0, len(data.rows) - 1, SHOWN, dtype=int)])
         )

@@ -75,7 +75,7 @@ def rows(
     """
     data, scale = _checked(data, scale)
     count = len(data)
-    labels = _labels(labels, count)
+    labels = check_labels(labels, count)
     tile = max(1, min(tile, count))
     devices = mesh.shape["data"] if mesh is not None else 1
     k = max(-(-count // tile), tiles)
@@ -167,6 +167,28 @@ def fold(add: Callable, start: Any, data: Rows) -> Any:
     return jax.lax.fori_loop(0, steps, step, start)
 
 
+def within_classes(
+    data: Shaped[np.ndarray, "n ..."], labels: Int[np.ndarray, " n"], scale: float
+) -> float:
+    """The variance of rows about the mean of their class, a sum over coordinates.
+
+    `scale` is what a stored unit means.
+    """
+    total = 0.0
+    for c in np.unique(labels):
+        # Some rows at a time, about one of them, so that little is lost to rounding.
+        where = np.flatnonzero(labels == c)
+        first = data[where[0]].astype(np.float64).ravel()
+        shift, square = np.zeros_like(first), 0.0
+        for at in range(0, len(where), 1024):
+            part = data[where[at : at + 1024]].astype(np.float64).reshape(-1, first.size)
+            part -= first
+            shift += part.sum(0)
+            square += float(np.einsum("nd,nd->", part, part))
+        total += square - float(shift @ shift) / len(where)
+    return scale**2 * max(total, 0.0) / len(data)
+
+
 def _piece(tile: int, dim: int) -> int:
     """Rows of a tile at a time on a CPU.
 
@@ -214,7 +236,12 @@ def _checked(data, scale):
     return data, 1.0 if scale is None else float(scale)
 
 
-def _labels(labels, count):
+def check_labels(labels: Any, count: int) -> Int[np.ndarray, " n"]:
+    """Labels as int32 [N]; -1 throughout for None.
+
+    Raises:
+      UserError: they are not N whole numbers from 0 up.
+    """
     if labels is None:
         return np.full(count, ABSENT, np.int32)
     found = np.asarray(labels)

@@ -5,10 +5,11 @@ w(s). Gradients see p w; nothing divides by p. The defaults of the field, in VE 
 
     vp                t uniform on [1e-5, 1]           1 / s^2
     ve                log s uniform on [0.02, 100]     1 / s^2
-    iddpm             one of 1000 times                1 / s^2
+    iddpm, ddpm       one of the process's times       1 / s^2
     edm, edm2         log s ~ N(p_mean, p_std^2)       (s^2 + sd^2) / (s sd)^2
     fm_uniform        t uniform on (0, 1)              ((1 + s) / s)^2
     fm_logit_normal   log s ~ N(0, 1)                  ((1 + s) / s)^2
+    gvp               t uniform on (0, 1)              (pi / 2)^2 (1 + s^2) / s^2
 
 "edm2" also learns u(s), the log of the loss: w exp(-u) J + u (Karras et al. 2024). And, from
 the optimal loss (Xu et al., arXiv:2506.13763),
@@ -31,9 +32,20 @@ from jaxtyping import Array, Float
 from common.errors import reject
 from diffusion import optimal_schedule
 from diffusion.preconditioning import Preconditioning
-from diffusion.processes import process, ratio
+from diffusion.processes import Process, process, ratio
 
-KINDS = ("edm", "edm2", "vp", "ve", "iddpm", "fm_uniform", "fm_logit_normal", "optimal_loss")
+KINDS = (
+    "edm",
+    "edm2",
+    "vp",
+    "ve",
+    "iddpm",
+    "ddpm",
+    "fm_uniform",
+    "fm_logit_normal",
+    "gvp",
+    "optimal_loss",
+)
 
 
 class Schedule(NamedTuple):
@@ -43,15 +55,15 @@ class Schedule(NamedTuple):
       init: () -> state.
       sample: (key, n, state) -> s [n].
       weight: (s, state) -> w, of the mean squared error over coordinates, in x_0.
-      update: (state, s [n], error [n]) -> state; error is the unweighted mean squared error
-        of x_0 at that level.
+      update: (state, s [n], error [n], use = all) -> state; error is the unweighted mean
+        squared error of x_0 at that level, `use` [n] says which samples count.
       learned: whether the loss has the term u(s) of edm2.
     """
 
     init: Callable[[], Any]
     sample: Callable[[jax.Array, int, Any], Array]
     weight: Callable[[Array, Any], Array]
-    update: Callable[[Any, Array, Array], Any]
+    update: Callable[..., Any]
     learned: bool = False
 
 
@@ -65,6 +77,7 @@ def schedule(
     sigma_min: float,
     sigma_max: float,
     optimal: dict,
+    of: Process | None = None,
 ) -> Schedule:
     """The schedule of that kind.
 
@@ -75,6 +88,8 @@ def schedule(
       p_mean, p_std: of edm and edm2, and of the start of optimal_loss.
       sigma_min, sigma_max: range of optimal_loss. Densities of other kinds keep their own.
       optimal: keyword arguments of `optimal_schedule.optimal`.
+      of: the process that is trained; kinds named after a process take its constants where
+        it is that one, and the published ones where it is another.
 
     Raises:
       UserError: an unknown kind, or a constant out of its range.
@@ -103,26 +118,27 @@ def schedule(
                 **optimal,
             )
         )
+    named = of if of is not None and of.name == kind else None
+    if named is None and kind in ("vp", "ve", "iddpm", "ddpm", "gvp"):
+        named = process(kind)
     draw = {
         "edm": lambda key, n: _log_normal(key, n, p_mean, p_std),
         "edm2": lambda key, n: _log_normal(key, n, p_mean, p_std),
         "fm_logit_normal": lambda key, n: _log_normal(key, n, 0.0, 1.0),
         "fm_uniform": lambda key, n: _uniform(key, n, process("fm_linear")),
-        "vp": lambda key, n: _uniform(key, n, process("vp")),
-        "ve": lambda key, n: _uniform(key, n, process("ve")),
-        "iddpm": lambda key, n: _uniform(key, n, process("iddpm")),
-    }[kind]
+    }.get(kind, lambda key, n: _uniform(key, n, named))
     weight = {
         "edm": lambda s: (s**2 + sigma_data**2) / (s * sigma_data) ** 2,
         "edm2": lambda s: (s**2 + sigma_data**2) / (s * sigma_data) ** 2,
         "fm_logit_normal": lambda s: ((1 + s) / s) ** 2,
         "fm_uniform": lambda s: ((1 + s) / s) ** 2,
+        "gvp": lambda s: (np.pi / 2) ** 2 * (1 + s**2) / s**2,
     }.get(kind, lambda s: 1 / s**2)
     return Schedule(
         init=lambda: (),
         sample=lambda key, n, state: draw(key, n),
         weight=lambda s, state: weight(s),
-        update=lambda state, s, error: state,
+        update=lambda state, s, error, use=True: state,
         learned=kind == "edm2",
     )
 

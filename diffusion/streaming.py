@@ -30,7 +30,6 @@ from diffusion.posterior import (
     Sums,
     accumulate,
     finish,
-    finished,
     merged,
     nothing,
 )
@@ -200,7 +199,7 @@ def _add(
 
 @jax.jit
 def _end(sums: Sums, queries: Queries, mean: Float[Array, " d"]) -> Posterior:
-    found = finish(finished(merged(sums), queries), queries, mean)
+    found = finish(merged(sums), queries, mean)
     return meshes.replicate(found)
 
 

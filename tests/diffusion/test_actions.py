@@ -1,5 +1,7 @@
 """What is done with finished runs: curves, diagnoses, a user's denoiser, samples."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -78,6 +80,12 @@ def users(tmp_path):
         "def oracle(x, sigma):\n"
         "    return jnp.full_like(x, jnp.nan)\n"
         "number = 3\n"
+        "import numpy as np\n"
+        "def of_numpy(x, sigma):\n"
+        "    s = np.reshape(sigma, (-1, 1, 1, 1))\n"
+        "    return np.float32(0.29) / (np.float32(0.29) + np.square(s, dtype=float)) * x\n"
+        "def one(x):\n"
+        "    return x\n"
     )
     return path
 
@@ -86,6 +94,16 @@ def test_a_users_denoiser_is_held_against_the_optimum(runs, users, tmp_path):
     text = act(runs, "floor", "diagnose", tmp_path, f"{users}:linear")
     assert "|" in text
     assert list(tmp_path.glob("*.png"))
+
+
+def test_a_function_of_numpy_is_one_of_jax(runs, users, tmp_path):
+    texts = [
+        act(runs, "floor", "diagnose", tmp_path, f"{users}:{name}").replace(name, "")
+        for name in ("linear", "of_numpy")
+    ]
+    numbers = [re.findall(r"\d+\.\d+", text) for text in texts]
+    assert len(numbers[0]) > 20
+    np.testing.assert_allclose(*(np.array(n, float) for n in numbers), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +115,7 @@ def test_a_users_denoiser_is_held_against_the_optimum(runs, users, tmp_path):
         ("{path}:number", "no function 'number'"),
         ("{path}:flat", "shape"),
         ("{path}:oracle", "not finite"),
+        ("{path}:one", "TypeError"),
     ],
 )
 def test_a_users_mistake_is_named(runs, users, tmp_path, given, said):

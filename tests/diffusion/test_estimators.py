@@ -193,7 +193,7 @@ def test_float32_keeps_four_digits():
 def test_eight_devices_equal_one(estimator):
     """Check 9: 1797 rows on 8 devices. Exact sums below."""
     given = dict(subset_size=64, neighbours=0 if estimator == "cdol" else 8, block=32)
-    given |= dict(num_draws=256, exact_draws=64, estimator=estimator, tile=128)
+    given |= dict(num_draws=256, exact_draws=256, estimator=estimator, tile=128)
     levels = [0.5, 1.0, 3.0]
     one = estimate_optimal_loss(digits(), levels, KEY, **given)
     eight = estimate_optimal_loss(digits(), levels, KEY, mesh=meshes.make(), **given)

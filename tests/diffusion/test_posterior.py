@@ -11,7 +11,7 @@ import diffusion.rows
 from common import mesh as meshes
 from common.errors import UserError
 from diffusion import draws
-from diffusion.posterior import Queries, accumulate, finish, finished, nothing, optimal_denoiser
+from diffusion.posterior import Queries, accumulate, finish, nothing, optimal_denoiser
 from diffusion.rows import Rows, fetch, fold, rows
 from tests.diffusion.digits import brute, digits, noise
 
@@ -204,8 +204,8 @@ def test_sums_of_parts_merge_to_the_sums_of_the_whole():
         together = merged(jax.tree.map(lambda *a: jnp.stack(a), *parts))
         one_after_the_other = accumulate(parts[0], cut[1], queries, s)
         for sums in (together, one_after_the_other):
-            got = finish(finished(sums, queries), queries, whole.mean)
-            ref = finish(finished(want, queries), queries, whole.mean)
+            got = finish(sums, queries, whole.mean)
+            ref = finish(want, queries, whole.mean)
             for a, b in zip(got, ref, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
@@ -301,7 +301,7 @@ def test_cifar_keeps_four_digits_in_float32():
                     x0, jnp.asarray(eps, x0.dtype), jnp.asarray(part.index), jnp.full(512, -1)
                 )
                 sums = accumulate(nothing(len(levels), some), data, some, s)
-                found.append(np.float64(finish(finished(sums, some), some, data.mean).trcov))
+                found.append(np.float64(finish(sums, some, data.mean).trcov))
             means.append(np.concatenate(found, 1).mean(1))
     np.testing.assert_allclose(means[0], means[1], rtol=1e-4)
     assert means[0][-1] == pytest.approx(means[1][-1], rel=1e-5)

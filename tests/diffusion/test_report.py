@@ -326,7 +326,7 @@ def test_pictures_of_samples(tmp_path, monkeypatch):
         asked.append((config.sampler.batch_size, params, count))
         return np.zeros((count, 8, 8, 1), np.float32)
 
-    monkeypatch.setattr(report.evaluation, "samples", samples)
+    monkeypatch.setattr(report.drawing, "samples", samples)
     state = SimpleNamespace(averages=SimpleNamespace(trees=("params",)))
     made = report.report({run.name: run._replace(state=lambda: state)}, tmp_path)
     assert asked == [(32, "params", 32)]

@@ -14,7 +14,7 @@ from common.errors import UserError
 from diffusion import schedules
 from diffusion.optimal_schedule import between, middles, star_of
 from diffusion.preconditioning import preconditioning
-from diffusion.processes import iddpm_levels, process
+from diffusion.processes import iddpm_levels, process, ratio
 
 SD, LOW, HIGH, BINS = 0.5, 0.002, 80.0, 32
 MIDDLE = middles(LOW, HIGH, BINS)
@@ -115,11 +115,33 @@ def test_density_counts_what_is_drawn():
 def test_weights_are_those_of_the_table(kind):
     s, chosen = np.geomspace(0.01, 80, 9), made(kind)
     unit, flow = 1 / s**2, ((1 + s) / s) ** 2
-    want = {"vp": unit, "ve": unit, "iddpm": unit, "fm_uniform": flow, "fm_logit_normal": flow}
+    want = dict.fromkeys(("vp", "ve", "iddpm", "ddpm"), unit)
+    want |= dict.fromkeys(("fm_uniform", "fm_logit_normal"), flow)
+    want["gvp"] = (np.pi / 2) ** 2 / np.sin(np.arctan(s)) ** 2
     found = chosen.weight(jnp.float32(s), chosen.init())
     np.testing.assert_allclose(found, want.get(kind, kappa("F", s)), rtol=1e-5)
     assert chosen.learned == (kind == "edm2")
     assert chosen.update((), jnp.float32(s), jnp.float32(s)) == ()
+
+
+def test_a_process_trains_with_its_own_constants():
+    mine = process("vp", beta_d=5.0)
+    own = made("vp", of=mine)
+    s = own.sample(jax.random.key(0), 4000, ())
+    assert s.max() <= ratio(mine, jnp.float32(1.0)) * 1.001
+    other = made("vp", of=process("fm_linear")).sample(jax.random.key(0), 4000, ())
+    assert other.max() > 50
+
+
+def test_a_number_that_is_none_is_not_counted():
+    chosen, state = ready()
+    s = jnp.float32(LEVEL)
+    state = chosen.update(state, s, jnp.ones(len(LEVEL)))
+    bad = chosen.update(state, s, jnp.ones(len(LEVEL)).at[3].set(jnp.nan))
+    assert np.isfinite(bad.total).all()
+    assert bad.count[3] < state.count[3]
+    none = chosen.update(state, s, jnp.full(len(LEVEL), jnp.inf), jnp.zeros(len(LEVEL), bool))
+    np.testing.assert_allclose(none.total / none.count, state.total / state.count, rtol=1e-6)
 
 
 @pytest.mark.parametrize("space", ["F", "x0"])
