@@ -9,7 +9,8 @@ On the digits: test; small, four formulations and the optimal-loss schedule; une
 with a convolutional network; schedules, all schedules, three seeds; search, constants of the
 optimal-loss schedule; ladder, eight widths of a transformer. cifar10: four formulations.
 estimate: the optimum alone, of any data. The literature's: cifar10_edm, cifar10_fm,
-imagenet64, imagenet64_ladder, imagenet512, latent256; paper, CIFAR-10 with the schedule.
+imagenet64, imagenet64_adm, imagenet64_ladder, imagenet512, imagenet256_dit_s (b, l, xl),
+latent256; paper, CIFAR-10 with the schedule.
 """
 
 from configs.base import at_size, base
@@ -196,22 +197,12 @@ def get_config(size: str = "small"):
     schedules["edm_shifted"] = dict(schedule=dict(kind="edm", p_mean=-0.4, p_std=1.0))
     # Constants of the schedule, tried on one seed.
     tried = dict(
-        default={},
-        plain=dict(bump=0.0),
-        bump_3=dict(bump=3.0),
-        cap_3=dict(cap=3.0),
-        cap_03=dict(cap=0.3),
-        cap_01=dict(cap=0.1),
-        cap_003=dict(cap=0.03),
-        cap_01_plain=dict(cap=0.1, bump=0.0),
-        cap_003_plain=dict(cap=0.03, bump=0.0),
-        cap_001_plain=dict(cap=0.01, bump=0.0),
-        cap_003_half=dict(cap=0.03, bump=0.3, mix=0.5),
-        left=dict(bump_shift=-1.6),
-        narrow=dict(bump_width=0.5),
-        mixed=dict(mix=0.5),
-        soft=dict(soft_edge=0.1),
-    )
+        default={}, plain=dict(bump=0.0), bump_3=dict(bump=3.0), left=dict(bump_shift=-1.6),
+        narrow=dict(bump_width=0.5), mixed=dict(mix=0.5), soft=dict(soft_edge=0.1),
+        cap_3=dict(cap=3.0), cap_03=dict(cap=0.3), cap_01=dict(cap=0.1), cap_003=dict(cap=0.03),
+        cap_01_plain=dict(cap=0.1, bump=0.0), cap_003_plain=dict(cap=0.03, bump=0.0),
+        cap_001_plain=dict(cap=0.01, bump=0.0), cap_003_half=dict(cap=0.03, bump=0.3, mix=0.5),
+    )  # fmt: skip
     search = {
         f"{name}_{space.lower()}": optimal(space=space, **changes)
         for space in ("F", "x0")
@@ -249,7 +240,6 @@ def get_config(size: str = "small"):
         batch_size=2048,
         accumulate=8,
         fsdp=True,
-        label_drop=0.1,
         steps=524_288,
         optim=dict(
             learning_rate=0.01, rate="inverse_sqrt", warmup=4883, decay_from=35_000, b2=0.99,
@@ -257,6 +247,35 @@ def get_config(size: str = "small"):
         ),
         ema=dict(kind="power"),
         runs=dict(edm2_s=dict()),
+    )  # fmt: skip
+    adm = imagenet64 | dict(
+        model=dict(
+            name="adm-64", noise_input="native", label_dim=1000, dtype="bfloat16",
+            dropout=0.1, remat=True,
+        ),
+        schedule=dict(kind="edm"),
+        batch_size=4096,
+        steps=610_352,
+        optim=dict(learning_rate=1e-4, rate="constant", warmup=2441, clip=0.0),
+        ema=dict(images=50_000_000),
+        runs=dict(adm=dict()),
+    )  # fmt: skip
+    dit = lambda size: published | dict(
+        data=dict(path="gaussian:32x32x4", class_cond=True, num_rows=64),
+        model=dict(
+            name=f"sit-{size}/2", noise_input="native", label_dim=1000, dtype="bfloat16",
+            sigma_data=1.0, remat=True,
+        ),
+        process=dict(name="fm_linear"),
+        target="velocity",
+        schedule=dict(kind="fm_uniform"),
+        batch_size=256,
+        label_drop=0.1,
+        fsdp=True,
+        steps=7_006_381,  # 1,400 epochs
+        optim=dict(name="adamw", learning_rate=1e-4, rate="constant", warmup=0, clip=0.0),
+        ema=dict(kind="plain"),
+        runs=dict(sit=dict()),
     )  # fmt: skip
     cifar10_edm = published | dict(
         data=dict(path="gaussian:32x32x3", class_cond=True, num_rows=64),
@@ -333,6 +352,11 @@ def get_config(size: str = "small"):
             runs=dict(flow=dict()),
         ),
         imagenet64=imagenet64,
+        imagenet64_adm=adm,
+        imagenet256_dit_s=dit("s"),
+        imagenet256_dit_b=dit("b"),
+        imagenet256_dit_l=dit("l"),
+        imagenet256_dit_xl=dit("xl"),
         imagenet64_ladder=imagenet64 | dict(report=dict(scaling=True), runs=family),
         imagenet512=imagenet64 | dict(
             # Latents come with unit variance, twice the 0.5 of the paper: so does the noise.

@@ -8,6 +8,7 @@ Without any, `local_features` trains a classifier in seconds. What is computed f
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -154,6 +155,12 @@ def local_features(
     return features, float(np.mean(np.argmax(logits, axis=1) == labels[tested]))
 
 
+@lru_cache(maxsize=8)
+def _compiled(apply: Callable) -> Callable:
+    """One program for all calls with the same network."""
+    return jax.jit(lambda params, x: apply(params, scaled(x)))
+
+
 def extract(
     features: Features,
     images: Shaped[np.ndarray, "n h w c"],
@@ -193,7 +200,7 @@ def extract_batches(
         tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, spec))
     )
     params = place(features.params, P())
-    apply = jax.jit(lambda params, x: features.apply(params, scaled(x)))
+    apply = _compiled(features.apply)
     for start in range(0, len(images), batch_size):
         batch = np.asarray(images[start : start + batch_size])
         found = len(batch)

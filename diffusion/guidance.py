@@ -87,12 +87,14 @@ def classifier_free(
         main, guide = of_condition(condition), of_condition(none)
         return guided(main, guide, weight, interval, rescale)
     _check(weight, interval, rescale)
-    twice = lambda a, b: jnp.concatenate([a, b])
+    # Side by side, so that both of a sample stay on the device that has it.
+    twice = lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
     both = of_condition(jax.tree.map(twice, condition, none))
 
     def denoiser(x: Float[Array, " b *shape"], sigma) -> Float[Array, " b *shape"]:
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), len(x))
-        plain, free = jnp.split(both(twice(x, x), twice(sigma, sigma)), 2)
+        out = both(twice(x, x), twice(sigma, sigma)).reshape(-1, 2, *x.shape[1:])
+        plain, free = out[:, 0], out[:, 1]
         led = _mixed(plain, free, weight, rescale)
         if interval is None:
             return led

@@ -34,7 +34,11 @@ def judged(config, data: images.Images, made: np.ndarray) -> dict:
     overlap = neighbours.manifold(some(rows), some(found), neighbours=config.eval.neighbours)
     near = neighbours.nearest(made, data.rows)
     copies = neighbours.memorisation(near, _among_rows(*_where(config)))
-    return {
+    scores = {}
+    if known.name == "inception" and known.logits(known.params, found[:1]) is not None:
+        score = quality.inception_score(np.asarray(known.logits(known.params, found)))
+        scores = {"inception_score": score.mean, "inception_score_std": score.std}
+    return scores | {
         "frechet": distance,
         "precision": overlap.precision,
         "recall": overlap.recall,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from common.errors import reject
 from diffusion.preconditioning import Preconditioning
@@ -30,8 +30,8 @@ class Tracked(NamedTuple):
       variance: [], V per coordinate, the limit of J*.
       total, count: averages of errors and of samples seen.
       probability: of each bin, as drawn from now.
-      images: [], seen so far.
-      refreshed: [], images at the last refresh of `probability`.
+      images: [], uint32, seen so far.
+      refreshed: [], uint32, images at the last refresh of `probability`.
     """
 
     floor: Float[Array, " bins"]
@@ -39,8 +39,8 @@ class Tracked(NamedTuple):
     total: Float[Array, " bins"]
     count: Float[Array, " bins"]
     probability: Float[Array, " bins"]
-    images: Float[Array, ""]
-    refreshed: Float[Array, ""]
+    images: UInt32[Array, ""]
+    refreshed: UInt32[Array, ""]
 
 
 class Constants(NamedTuple):
@@ -125,7 +125,8 @@ def optimal(
     def init():
         zero, none = jnp.zeros(()), jnp.zeros(bins)
         # Copies: the loop gives every leaf of the state away by itself.
-        return Tracked(none, zero, 0 * none, 0 * none, 1 * normal, 0 * zero, 0 * zero)
+        count = lambda: jnp.zeros((), jnp.uint32)
+        return Tracked(none, zero, 0 * none, 0 * none, 1 * normal, count(), count())
 
     def constants(state):
         star = star_of(middle, state.floor, tau * state.variance)
@@ -172,10 +173,10 @@ def optimal(
         state = state._replace(
             total=keep * state.total + (1 - keep) * jnp.sum(one_hot * error[:, None], 0),
             count=keep * state.count + (1 - keep) * jnp.sum(one_hot, 0),
-            images=state.images + n,
+            images=state.images + jnp.uint32(n),
         )
         due = (state.images >= warm) & (
-            (state.images - state.refreshed >= every) | (state.images - n < warm)
+            (state.images - state.refreshed >= every) | (state.images < warm + n)
         )
         new = refreshed(state)
         return state._replace(

@@ -106,12 +106,12 @@ def test_added_levels_surround_the_rise(floor):
     [
         dict(name="cdol", subset_size=128, c_rule="paper"),
         dict(name="knn", subset_size=64, neighbours=16),
-        dict(name="corrected", subset_size=128, exact_blocks=4),
+        dict(name="corrected", subset_size=128, exact_blocks=20),
     ],
     ids=lambda e: e["name"],
 )
 def test_estimation_runs_of_subsets(floor, estimator):
-    steps = 10
+    steps = 40 if estimator["name"] == "corrected" else 10
     given = dict(experiment="diffusion.estimate", steps=steps, estimator=estimator)
     c, state, _, found = trained(steps, measure=True, **given)
     loss = result(c.estimator.name, "trcov", 1, state)
