@@ -157,11 +157,11 @@ def _unseen(truth, base, more):
 
 
 def _mended(truth, base, mean, m):
-    """Value and beta."""
+    """Value and the beta of least variance, for independent means over n and m blocks."""
     about = lambda v: v - v.mean(0)
     covariance = np.sum(about(truth) * about(base), 0)
     spread = np.sum(about(base) ** 2, 0)
-    # Of independent means over n and m blocks; no correlation, no correction.
+    # No correlation, no correction.
     beta = np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0)
     beta = np.clip(beta, 0, None) * m / (len(truth) + m)
     return truth.mean(0) + beta * (mean - base.mean(0)), beta

@@ -34,7 +34,7 @@ from diffusion.posterior import (
     nothing,
 )
 from diffusion.preconditioning import check_sigmas
-from diffusion.rows import ABSENT, Rows, numbers, rows
+from diffusion.rows import ABSENT, Rows, check_size, numbers, rows
 
 READ = 4096  # Rows that are in work on the host at a time.
 
@@ -91,7 +91,9 @@ def on_host(data: Any, *, scale: float | None = None, offset: float = 0.0) -> Ho
         centre = part.mean(0) if centre is None else centre
         part -= centre
         total = total + part.sum(0)
-        square += float(np.einsum("nd,nd->", part, part))
+        each = np.einsum("nd,nd->n", part, part)
+        check_size(scale**2 * float(each.max()), like.square.dtype)
+        square += float(each.sum())
     if bad:
         raise UserError(
             f"{bad} rows of the data hold numbers that are not finite, row {first} first."

@@ -8,7 +8,7 @@ import pytest
 from common import mesh as meshes
 from common.errors import UserError
 from diffusion import diagnosis as dg
-from diffusion.posterior import optimal_denoiser
+from diffusion.optimal_denoiser import optimal_denoiser
 from diffusion.rows import rows
 from tests.diffusion.digits import brute, digits, noise
 

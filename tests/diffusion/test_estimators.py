@@ -167,7 +167,7 @@ def test_the_corrected_estimator_is_right_where_its_parts_are_not(curve, neighbo
     levels = [0.6, 1.0, 1.5, 2.5]
     exact, error = at(curve, levels)
     got = estimate(
-        "corrected", levels, subset_size=128, neighbours=neighbours, exact_draws=1797
+        "corrected", levels, subset_size=256, neighbours=neighbours, exact_draws=1797
     )
     assert (np.abs(got.value - exact) <= 3 * np.hypot(error, got.stderr)).all()
     # The many cheap draws are worth something: a quarter of the exact ones would err by twice

@@ -6,7 +6,7 @@ import pytest
 
 from diffusion import grids
 from diffusion.neighbours import nearest
-from diffusion.posterior import optimal_denoiser
+from diffusion.optimal_denoiser import optimal_denoiser
 from diffusion.rows import rows
 from diffusion.sampling import generate
 from tests.diffusion.digits import digits

@@ -11,7 +11,8 @@ import diffusion.rows
 from common import mesh as meshes
 from common.errors import UserError
 from diffusion import draws
-from diffusion.posterior import Queries, accumulate, finish, nothing, optimal_denoiser
+from diffusion.optimal_denoiser import optimal_denoiser
+from diffusion.posterior import Queries, accumulate, finish, nothing
 from diffusion.rows import Rows, fetch, fold, rows
 from tests.diffusion.digits import brute, digits, noise
 
@@ -24,16 +25,17 @@ def small(n=300, d=12, seed=0):
 
 
 def test_digits_equal_brute_force_at_twelve_levels():
-    """Draw by draw, to 1e-6 of each level's largest value, in float64."""
+    """Draw by draw, and the mean, in float64: at every level, however small its values."""
     with jax.enable_x64(True):
         part = draws.block(0, 64, 1797, seed=1)
         eps = noise(KEY, part.number, 64)
         found = draws.exact(rows(digits(), tile=500), part, KEY, jnp.asarray(LEVELS))
         for i, s in enumerate(LEVELS):
             want = brute(digits(), part.index, eps, s)
-            # The reference's own rounding: it takes the difference of two sums of its size.
+            # Single draws: the reference takes the difference of two sums of its size.
             np.testing.assert_allclose(found.trcov[i], want, rtol=1e-6, atol=1e-13)
-            assert found.trcov[i].mean() == pytest.approx(want.mean(), rel=1e-6, abs=1e-14)
+            got = np.asarray(found.trcov[i]).mean()
+            np.testing.assert_allclose(got, want.mean(), rtol=1e-6)
             for form in ("residual", "paired"):
                 want = brute(digits(), part.index, eps, s, form)
                 got = getattr(found, form)[i]
@@ -177,6 +179,97 @@ def test_copies_of_a_row_share_its_weight():
     np.testing.assert_array_equal(found.trcov, 0)
 
 
+def by_differences(y, index, eps, s):
+    """trcov of each draw, in float64, from differences of rows alone."""
+    found = []
+    for i, e in zip(index, eps, strict=True):
+        apart = np.float64(y) - np.float64(y[i])
+        distance = (apart**2).sum(1)
+        logit = -distance / (2 * s**2) + apart @ e / s
+        p = np.exp(logit - logit.max())
+        p /= p.sum()
+        found.append(p @ distance - ((p @ apart) ** 2).sum())
+    return np.array(found)
+
+
+def clusters(rng):
+    """Two tight ones, far apart."""
+    side = np.repeat([5.0, -5.0], 20)[:, None]
+    return np.float32(side + 0.005 * rng.normal(size=(40, 12)))
+
+
+def nearly_equal(rng):
+    """Images; every second differs from the one before in 8 pixels by one level of grey."""
+    y = rng.integers(0, 255, (40, 3072))
+    y[1::2] = y[::2]
+    for row in y[1::2]:
+        row[rng.choice(3072, 8, replace=False)] += 1
+    return np.float32(y / 127.5 - 1)
+
+
+def pairs(rng):
+    y = np.float32(rng.uniform(-1, 1, (40, 3072)))
+    y[1::2] = y[::2]
+    return y
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize(
+    ("made", "s"),
+    [(clusters, 0.02), (nearly_equal, 0.011), (pairs, 0.002), (pairs, 0.02)],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_rows_that_nearly_coincide_are_told_apart_in_float32(made, s, levels):
+    """One level or several; uncentred rows are much larger than their distances."""
+    y = made(np.random.default_rng(0))
+    part = draws.block(0, 40, 40, 0)
+    eps = noise(KEY, part.number, y.shape[1])
+    found = draws.exact(rows(y, tile=16), part, KEY, jnp.asarray([s, 2 * s][:levels]))
+    want = by_differences(y, part.index, eps, s)
+    np.testing.assert_allclose(found.trcov[0], want, rtol=2e-3, atol=1e-9)
+    if made is pairs:
+        np.testing.assert_array_equal(want, 0)
+        np.testing.assert_allclose(found.p_self, 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("s", [1e-300, 1e-30, 1e-22, 1e-19, 1e-15, 1e15, 1e19, 1e38])
+def test_noise_of_any_size_has_its_limit(s):
+    """Nothing is lost, or the variance; no level is NaN."""
+    y = small(12, 5)
+    y[7] = y[3]
+    data, part = rows(np.float32(y)), draws.block(0, 12, 12, 0)
+    limit = 0 if s < 1 else float(np.sum(data.square)) / 12
+    for levels in ([s], [s, 2 * s]):
+        found = draws.exact(data, part, KEY, jnp.asarray(levels, jnp.float32))
+        assert all(np.isfinite(v).all() for v in found)
+        np.testing.assert_allclose(found.trcov.mean(-1), limit, rtol=1e-5)
+    denoised = optimal_denoiser(data)(jnp.float32(y), s)
+    mean = y.mean(0) if s > 1 else y
+    np.testing.assert_allclose(denoised, mean + 0 * y, atol=1e-5)
+
+
+def test_rows_whose_squares_are_no_numbers_are_refused():
+    with pytest.raises(UserError, match="too large"):
+        rows(np.full((2, 3), 1e19, np.float32) * np.array([[1], [-1]], np.float32))
+
+
+def test_a_class_without_rows_has_no_denoiser():
+    data = rows(np.float32(small(6, 3)), labels=np.array([0, 0, 1, 1, 3, 3]))
+    optimal_denoiser(data, jnp.array([0, 3, -1]))
+    with pytest.raises(UserError, match="class 2"):
+        optimal_denoiser(data, jnp.array([0, 2]))
+
+
+def test_subsets_and_orders_have_streams_of_their_own():
+    """A subset of all rows in the order of its stream would be the order of an epoch."""
+    order = draws.common_data.indices(1, 50, 50, seed=3)
+    first = np.random.default_rng((3, 0, draws.SUBSETS)).permutation(50)
+    assert (order != first).any()
+    chosen = [draws.block(i, 4, 50, 3, subset=25).subset for i in range(2)]
+    assert len(np.setdiff1d(*chosen)) > 0
+    assert len(np.setdiff1d(chosen[0], order[:25])) > 0
+
+
 def test_one_row_and_equal_rows_lose_nothing():
     for n in (1, 5):
         y = np.ones((n, 4), np.float32)
@@ -271,7 +364,8 @@ def test_data_that_cannot_be_are_named(data, given, named):
 
 
 def test_float16_is_promoted():
-    data = rows(np.ones((3, 2), np.float16))
+    with pytest.warns(UserWarning, match="float16"):
+        data = rows(np.ones((3, 2), np.float16))
     assert data.tiles.dtype == data.square.dtype == jnp.float32
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from diffusion import sizing
 from diffusion.estimators import estimate_optimal_loss
 from diffusion.sizing import estimate_to, work
 from tests.diffusion.digits import digits
@@ -39,9 +40,55 @@ def test_the_cheapest_candidate_is_chosen():
 
 
 def test_a_budget_ends_it():
-    found = estimate_to(digits(), LEVELS, KEY, accuracy=1e-4, budget=1e9)
+    """Trials and attempts together stay below it, and use most of it."""
+    found = estimate_to(digits(), LEVELS, KEY, accuracy=1e-4, budget=6e9)
     assert not found.reached
-    assert found.flops < 4e9  # A pilot's worth is always spent.
+    assert 3e9 < found.flops <= 6e9
+    with pytest.raises(UserError, match="budget"):
+        estimate_to(digits(), LEVELS, KEY, accuracy=1e-4, budget=1e9)
+
+
+def test_attempts_are_pooled_and_blocks_stay_as_they_are(monkeypatch):
+    """The curve is the mean of all attempts by their draws; no second program is made."""
+    seen, estimate = [], estimate_optimal_loss
+
+    def watched(*args, **given):
+        seen.append((given, estimate(*args, **given)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(sizing, "estimate_optimal_loss", watched)
+    # The trial promises too much, so that a second attempt is needed.
+    relative, calls = sizing._relative, []
+
+    def hopeful(loss, least):
+        calls.append(None)
+        return relative(loss, least) * (0.3 if len(calls) <= 3 else 1.0)
+
+    monkeypatch.setattr(sizing, "_relative", hopeful)
+    found = estimate_to(digits(), LEVELS, KEY, accuracy=0.02)
+    tries = [loss for _, loss in seen[len(found.candidates) :]]
+    assert len(tries) > 1
+    assert len({given["block"] for given, _ in seen}) == 1
+    weight = np.array([t.num_draws for t in tries], float)
+    mean = np.average([t.value for t in tries], axis=0, weights=weight)
+    np.testing.assert_allclose(found.loss.value, mean)
+    assert found.loss.num_draws == weight.sum()
+    assert found.reached
+
+
+def test_classes_equal_rows_and_one_row_are_sized():
+    from sklearn.datasets import load_digits
+
+    given = dict(accuracy=0.05, pilot=64)
+    told = estimate_to(digits(), [1.5], KEY, labels=load_digits().target, **given)
+    assert told.reached
+    assert told.loss.value[0] < 9
+    same = estimate_to(np.ones((64, 4)), [1.0], KEY, **given)
+    assert same.reached
+    assert same.loss.value[0] == 0
+    with pytest.warns(UserWarning, match="one row"):
+        one = estimate_to(np.ones((1, 4)), [1.0], KEY, **given)
+    assert one.loss.value[0] == one.accuracy == 0
 
 
 def test_work_by_hand():
