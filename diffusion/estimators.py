@@ -254,6 +254,8 @@ def of_rows(
     )
     levels = jnp.asarray(sigmas, data.square.dtype)
     near = nearest_neighbours(data, plan.neighbours, precision) if plan.neighbours else None
+    if near is not None:  # As many as there are places, so that classes share a program.
+        near = jnp.pad(near, ((0, data.index.size - len(near)), (0, 0)))
     fetched = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
     found = []
     for step in tqdm(

@@ -82,7 +82,12 @@ def bracketed(found: OptimalLoss) -> bool:
 
 
 def sigma_star(found: OptimalLoss, tau: float) -> tuple[float, float]:
-    """The end of the levels with J* <= tau V, and by how much one error of J* moves it."""
+    """The end of the levels with J* <= tau V, and by how much one error of J* moves it.
+
+    The second is NaN where the errors are.
+    """
+    if np.isnan(found.stderr).any():
+        return curve.sigma_star(curve.smooth(found), tau), float("nan")
     at = lambda shift: curve.sigma_star(
         curve.smooth(found._replace(value=found.value + shift * found.stderr)), tau
     )
@@ -91,7 +96,9 @@ def sigma_star(found: OptimalLoss, tau: float) -> tuple[float, float]:
 
 def information(found: OptimalLoss) -> tuple[float, float]:
     """`curve.information`, with an error for levels that share their draws: errors of all
-    levels add up, not in squares."""
+    levels add up, not in squares. It is NaN where the errors are."""
+    if np.isnan(found.stderr).any():
+        return curve.information(found)[0], float("nan")
     at = lambda shift: curve.information(
         found._replace(value=found.value + shift * found.stderr)
     )[0]

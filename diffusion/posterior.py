@@ -160,9 +160,9 @@ def of_own_rows(
 ) -> Sums:
     """Sums over centred rows that each query has for itself, `there` or left out; traced."""
     einsum = partial(jnp.einsum, precision=precision)
-    apart = y - x0[:, None]
-    distance = jnp.sum(apart**2, -1)
-    gain = einsum("bkd,bd->bk", apart, eps)
+    distance = jnp.sum((y - x0[:, None]) ** 2, -1)
+    gain = einsum("bkd,bd->bk", y, eps) - jnp.sum(x0 * eps, -1)[:, None]
+    gain = jnp.where(distance > 0, gain, 0)
     s = sigmas[:, None, None]
     logit = jnp.where(there, -0.5 * distance / s**2 + gain / s, -jnp.inf)
     low = jnp.finfo(logit.dtype).min / 2
@@ -171,7 +171,7 @@ def of_own_rows(
     return Sums(
         top=top,
         weight=jnp.sum(w, -1),
-        rows=einsum("sbk,bkd->sbd", w, y),
+        rows=jax.lax.map(lambda w: einsum("bk,bkd->bd", w, y), w),
         distance=jnp.sum(w * distance, -1),
         square=jnp.sum(w**2, -1),
     )

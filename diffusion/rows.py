@@ -77,7 +77,8 @@ def rows(
     data, scale = _checked(data, scale)
     count = len(data)
     labels = check_labels(labels, count)
-    tile = max(1, min(tile, count))
+    # Sets that share a program have tiles of one size.
+    tile = max(1, tile if tiles else min(tile, count))
     devices = mesh.shape["data"] if mesh is not None else 1
     k = max(-(-count // tile), tiles)
     k += -k % devices

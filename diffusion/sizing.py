@@ -15,7 +15,7 @@ from diffusion.estimators import OptimalLoss, estimate_optimal_loss, levels_of
 from diffusion.plans import BATCHES, whole
 
 ATTEMPTS = 8
-KNN = 4.0  # Cost of a row that one draw has for itself, in rows that draws share.
+KNN = 30.0  # Cost of a row that one draw has for itself, in rows that draws share.
 
 
 class Candidate(NamedTuple):

@@ -11,8 +11,10 @@ from common import loop, metrics, runner
 from common import mesh as meshes
 from common.errors import UserError
 from diffusion import curve
+from diffusion.dataset import dataset
 from diffusion.estimation import result
 from diffusion.estimators import estimate_optimal_loss
+from diffusion.images import scaled
 from diffusion.optimal_schedule import middles
 from tests.common.test_loop import Never
 from tests.diffusion.digits import digits
@@ -131,6 +133,27 @@ def test_classes_have_lower_floors(floor):
     assert told.value[i] < whole.value[j]
 
 
+def test_classes_are_told_in_variance_and_information(floor):
+    c, state, _, found = trained(6, True, data=dict(class_cond=True), **EXACT)
+    images = dataset(**c.data, seed=c.data_seed)
+    y = scaled(images.rows).reshape(len(images.rows), -1)
+    parts = [y[images.labels == k] for k in range(10)]
+    want = sum(((p - p.mean(0)) ** 2).sum() for p in parts) / len(y)
+    assert state.variance == pytest.approx(want, rel=1e-4)
+    assert found["value"][-1] == pytest.approx(want, rel=0.03)
+    assert float(floor[1].variance) > 1.2 * want
+
+
+def test_levels_that_are_not_chosen_yet_are_no_levels():
+    given = dict(EXACT, estimator=dict(pilot=2))
+    few, more = trained(1, True, **given), trained(3, True, **given)
+    points = few[0].estimator.points
+    assert len(few[3]["sigmas"]) == points
+    assert np.isfinite(few[3]["value"]).all()
+    assert np.isfinite(few[3]["information"])
+    assert len(more[3]["sigmas"]) == points + few[0].estimator.more
+
+
 def test_the_schedule_takes_over_the_curve(floor):
     c, state, values, _ = trained(
         3,
@@ -246,6 +269,16 @@ def test_resuming_changes_no_bit(changes, tmp_path, floor):
         (dict(experiment="diffusion.estimate", estimator=dict(pilot=0)), "pilot"),
         (dict(experiment="diffusion.estimate", estimator=dict(points=1)), "points"),
         (dict(experiment="diffusion.estimate", estimator=dict(tau=0.0)), "tau"),
+        (dict(experiment="diffusion.estimate", estimator=dict(tile=0)), "tile"),
+        (dict(experiment="diffusion.estimate", estimator=dict(precision="half")), "precision"),
+        (
+            dict(
+                experiment="diffusion.estimate",
+                steps=60,
+                estimator=dict(name="corrected", exact_blocks=16),
+            ),
+            "exact_blocks",
+        ),
         (dict(experiment="diffusion.estimate", estimator=dict(name="best")), "estimator.name"),
         (
             dict(experiment="diffusion.estimate", estimator=dict(name="cdol", c_rule="-1")),
