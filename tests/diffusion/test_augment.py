@@ -257,7 +257,7 @@ def test_switches_are_on_as_often_as_asked(p):
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
 def test_what_is_no_probability_is_named(p):
-    with pytest.raises(UserError, match=r"config\.data\.augment is .* a probability"):
+    with pytest.raises(UserError, match=r"config\.augment is .* a probability"):
         augment(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), p)
 
 
