@@ -195,7 +195,8 @@ def check(found: Diagnosis, tolerance: float = 5.0) -> None:
     Raises:
       UserError: somewhere the gap is below 0 by more than `tolerance` standard errors.
     """
-    low = found.gap + tolerance * np.maximum(found.gap_err, 1e-7 * found.floor)
+    known = np.nan_to_num(found.gap_err, nan=np.inf)  # One draw proves nothing.
+    low = found.gap + tolerance * np.maximum(known, 1e-7 * found.floor)
     if (low < 0).any():
         i = int(np.argmin(low))
         raise UserError(
