@@ -1,7 +1,7 @@
 """python main.py --config=configs/NAME.py[:SIZE] [--workdir=DIR] [--config.FIELD=VALUE]
 
 Trains what the config says and ends in a report. The same command resumes a run that
-was stopped. `--do=NAME` uses a finished run instead, `--input=FILE` gives it a file.
+was stopped. `--do=NAME` uses finished runs instead, `--input=...` gives it a file or a number.
 """
 
 import sys

@@ -1,10 +1,14 @@
-"""The one exception for mistakes a user can mend: one sentence, exit code 2."""
+"""The exceptions for mistakes a user can mend: one sentence, exit code 2."""
 
 from typing import Any
 
 
 class UserError(Exception):
     """The user's input cannot be used. `main` prints the sentence and exits with 2."""
+
+
+class Unfit(UserError):
+    """An action's input is for other runs of the workdir, which may be there, too."""
 
 
 def reject(field: str, value: Any, allowed: str) -> UserError:

@@ -21,7 +21,9 @@ class Run(NamedTuple):
     rows: list[dict]  # metrics.jsonl
     timing: dict  # timing.json: how long it took, on what
     state: Callable[[], State]  # Loads the last checkpoint; sharded as in training.
-    input: str = ""  # The flag --input, for actions that read a user's file.
+    input: str = ""  # The flag --input, for actions that read a user's file or number.
+    # Every kept checkpoint: its step, ascending, and what loads it, as `state` does.
+    saved: Callable[[], dict[int, Callable[[], State]]] = dict
 
 
 class Report(NamedTuple):

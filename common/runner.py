@@ -7,6 +7,8 @@ import os
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from common import aot, loop, metrics
 from common import config as configs
 from common import mesh as meshes
 from common.checkpoint import Checkpoints, disk_error
-from common.errors import UserError, reject
+from common.errors import Unfit, UserError, reject
 from common.experiment import Experiment, Run
 from common.pod import barrier, first
 from common.stop import Stop
@@ -145,12 +147,16 @@ def report(made: dict, todo: dict, workdir: Path) -> None:
 def load(experiment: Experiment, config: Any, folder: Path, name: str, given: str = "") -> Run:
     """A finished run, its state left on the disk until somebody asks for it."""
 
-    def state():
+    def state(step=None):
         mesh = meshes.make(**config.mesh)
         with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep=0) as c:
             if not c.steps():
                 raise UserError(f"There is no checkpoint in {folder}.")
-            return c.restore(c.steps()[-1], loop.shapes(experiment, mesh))
+            return c.restore(step or c.steps()[-1], loop.shapes(experiment, mesh))
+
+    def saved():
+        with Checkpoints(folder / "checkpoints", keep=0) as c:
+            return {step: partial(state, step) for step in c.steps()}
 
     return Run(
         name=name,
@@ -159,6 +165,7 @@ def load(experiment: Experiment, config: Any, folder: Path, name: str, given: st
         timing=_timing(folder / "timing.json"),
         state=state,
         input=given,
+        saved=saved,
     )
 
 
@@ -174,8 +181,11 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
     """`--do=NAME`: uses the finished runs of a workdir.
 
     The settings are those of the workdir, changed only by what stands on this command
-    line. `compile` needs no run: it compiles the step, for the TPUs that `--input` describes
-    if it does, and prints what it would cost.
+    line. Runs whose experiment lacks the action, or that its input is not for (`Unfit`), are
+    left out where others are not.
+
+    `compile` needs no run: it compiles the step, for the TPUs that `--input` describes if it
+    does, and prints what it would cost.
     """
     if jax.process_count() == 1:
         Stop()  # A signal ends the program without a traceback.
@@ -188,36 +198,63 @@ def act(config, workdir: Path, do: str, given: str, overrides: tuple) -> None:
         _check_mesh(experiment, config)
         print(aot.describe(aot.compile_step(experiment, config, topology=given)))
         return
-    # The experiment's own list first: a misspelt action matters more than a missing run.
-    known = make(config).actions
-    if do not in known:
-        names = ", ".join([*known, "compile"])
-        raise UserError(f"There is no action {do!r}; this experiment has {names}.")
+    # The experiments' own lists first: a misspelt action matters more than a missing run.
+    _check_action(do, variants(config))
     if not (workdir / "config.json").exists():
         raise UserError(f"There is no finished run in {workdir}; train one first.")
     config = configs.restore(config, configs.read(workdir / "config.json"))
     for field, text in overrides:
         configs.override(config, field, text)
     _check_shared(config)
-    parts = []
     todo = variants(config)
     for name in todo:
         if not _begun(workdir / name):
             raise UserError(f"The run {workdir / name} has no checkpoint; train it first.")
+    _check_action(do, todo)
+    parts, unfit = [], {}
     for name, each in todo.items():
         experiment = make(each)
+        if do not in experiment.actions:
+            continue
         _check_mesh(experiment, each)
         folder = workdir / name
         _warn_of_unfinished(folder, each.steps)
         target = workdir / do / name
         first(lambda f=target: f.mkdir(parents=True, exist_ok=True))
-        with jax.set_mesh(meshes.make(**each.mesh)):
-            text = experiment.actions[do](load(experiment, each, folder, name, given), target)
+        try:
+            with jax.set_mesh(meshes.make(**each.mesh)):
+                run = load(experiment, each, folder, name, given)
+                text = experiment.actions[do](run, target)
+        except UserError as error:
+            first(lambda f=target: _drop(f))
+            if not isinstance(error, Unfit):
+                raise
+            unfit[name] = error
+            continue
         parts.append(f"# {do}: {name}\n\n{text.strip()}\n")
+    if not parts:
+        raise list(unfit.values())[-1]
     if jax.process_index() == 0:
+        for name, error in unfit.items():
+            print(f"note: {name} is left out: {error}", file=sys.stderr)
         metrics.write(workdir / f"{do}.md", "\n".join(parts))
         print("\n".join(parts))
         print(f"Written: {workdir / f'{do}.md'}, files: {workdir / do}.")
+
+
+def _check_action(do: str, todo: dict[str, ConfigDict]) -> None:
+    kinds = {each.experiment: each for each in todo.values()}
+    known = list(dict.fromkeys(n for each in kinds.values() for n in make(each).actions))
+    if do not in known:
+        names = ", ".join([*known, "compile"])
+        raise UserError(f"There is no action {do!r}; this experiment has {names}.")
+
+
+def _drop(folder: Path) -> None:
+    """Removes an empty folder, and the one around it if it is empty then."""
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def _warn_of_unfinished(folder: Path, steps: int) -> None:

@@ -2,23 +2,26 @@
 
 --do=evaluate                         the figures of the report, measured again
 --do=diagnose                         loss, optimum and gap per noise level
---do=diagnose --input=model.py:f      of a user's denoiser f(x, sigma) -> x0_hat
 --do=sample                           a grid of samples, and the rows nearest to them
+    --input=0.12                      of any of these: not with the average that was tracked,
+                                      but with the one of this relative width (ema.kind power)
+--do=diagnose --input=model.py:f      of a user's denoiser f(x, sigma) -> x0_hat, on the data
+                                      of an estimation run; `users_models.denoiser_of`
+--do=size --input=0.01                the estimator and draws for this accuracy of the curve
+--do=study                            subset estimators against C, L and s
 """
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from common import mesh as meshes
-from common.errors import UserError
+from common.errors import Unfit, UserError
 from common.experiment import Run
 from diffusion import (
+    averages,
     curve,
     diagnosis,
     drawing,
@@ -27,37 +30,44 @@ from diffusion import (
     images,
     neighbours,
     pictures,
+    sizing,
     study,
+    users_models,
 )
 from diffusion.dataset import dataset, placed
 
 
 def curve_again(result: Callable, config, run: Run, folder: Path) -> str:
     """`evaluate` of an estimation run: its curve as a table, figure, .npz and .csv."""
+    if run.input:
+        raise Unfit(f"--input={run.input} is for training runs, not for an optimal loss.")
     found = result(run.state())
     record = dict(data=config.data.to_dict(), estimator=config.estimator.to_dict())
-    return figures.curve_page(found, record, config.estimator.tau, folder)
+    tau, sigma_data = config.estimator.tau, config.model.sigma_data
+    return figures.curve_page(found, record, tau, folder, sigma_data)
 
 
 def evaluate(config, data, parts, run: Run, folder: Path) -> str:
-    """The evaluation of a training run again, with the settings of today."""
+    """The evaluation of a training run again, with the settings of today; `--input` chooses
+    the average, see `averages.averaged`."""
     del folder
     key = jax.random.key(config.seed)
-    found = evaluation.evaluate(config, data, parts, run.state(), key)
-    lines = ["| figure | value |", "|---|---|"]
+    state, said = averages.averaged(config, run)
+    found = evaluation.evaluate(config, data, parts, state, key)
+    lines = [said, "", "| figure | value |", "|---|---|"]
     single = {n: v for n, v in found.items() if np.ndim(v) == 0}
     return "\n".join(lines + [f"| {n} | {float(v):.6g} |" for n, v in single.items()])
 
 
 def diagnose(config, data, parts, run: Run, folder: Path) -> str:
-    """Loss, optimum and gap of a training run; `--input` is refused here."""
-    if run.input:
-        raise UserError("--input belongs to --do=diagnose of an estimation run.")
+    """Loss, optimum and gap of a training run; `--input` as of `evaluate`."""
     key = jax.random.key(config.seed)
-    params = run.state().averages.trees[0]
+    state, said = averages.averaged(config, run)
+    params = state.averages.trees[0]
     found = evaluation.diagnose(config, data, parts, params, key, config.eval.draws)
     diagnosis.check(found)
-    return figures.diagnosis_page(found, run.name, folder)
+    page = figures.diagnosis_page(found, run.name, folder, config.model.sigma_data)
+    return f"{said}\n\n{page}"
 
 
 def diagnose_users(config, run: Run, folder: Path) -> str:
@@ -66,7 +76,7 @@ def diagnose_users(config, run: Run, folder: Path) -> str:
     `--input=FILE.py:NAME` names a function (x [B, H, W, C] = x_0 + sigma eps, sigma [B]) ->
     estimate of x_0, for images in [-1, 1] as training saw them; with data.class_cond a third
     argument is the classes [B]. It may be of JAX, or take and return NumPy arrays, whatever
-    computes within.
+    computes within. `users_models.denoiser_of` makes one of other targets and processes.
 
     Raises:
       UserError: there is no such function, it fails, or its loss is below the optimum.
@@ -74,7 +84,7 @@ def diagnose_users(config, run: Run, folder: Path) -> str:
     conditional = config.data.class_cond
     data = dataset(**config.data, seed=config.data_seed)
     shape = tuple(int(n) for n in data.rows.shape[1:])
-    function = _tried(_function(run.input), run.input, shape, conditional)
+    function = users_models.denoiser_in(run.input, shape, conditional)
     rows = placed(data, meshes.make(**config.mesh), config.estimator.tile, conditional)
 
     def of_condition(params, condition):
@@ -97,27 +107,7 @@ def diagnose_users(config, run: Run, folder: Path) -> str:
         progress=True,
     )
     diagnosis.check(found)
-    return figures.diagnosis_page(found, run.input, folder)
-
-
-def _tried(function: Callable, name: str, shape: tuple, conditional: bool) -> Callable:
-    """The function, as it is where JAX can trace it, else called on the host."""
-    x, s = np.zeros((2, *shape), np.float32), np.ones(2, np.float32)
-    given = (x, s, np.zeros(2, np.int32)) if conditional else (x, s)
-    try:
-        shown = np.asarray(function(*given)).shape
-    except Exception as error:  # Whatever the user's function does.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{name} fails on two images {x.shape}: {reason}.") from error
-    if shown != x.shape:
-        raise UserError(f"{name} returns the shape {shown} for images {x.shape}.")
-    try:
-        jax.eval_shape(function, *given)
-    except Exception:  # NumPy and torch know no tracers.
-        on_host = lambda *given: np.asarray(function(*map(np.asarray, given)), np.float32)
-        like = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
-        return lambda x, *rest: jax.pure_callback(on_host, like(x), x, *rest)
-    return lambda x, *rest: jnp.asarray(function(x, *rest), x.dtype)
+    return figures.diagnosis_page(found, run.input, folder, config.model.sigma_data)
 
 
 def study_subsets(result: Callable, config, run: Run, folder: Path) -> str:
@@ -141,30 +131,63 @@ def study_subsets(result: Callable, config, run: Run, folder: Path) -> str:
     return study.page(made, folder)
 
 
-def _function(given: str) -> Callable[[Any, Any], Any]:
-    path, _, name = given.rpartition(":")
-    if not path:
-        raise UserError(f"--input is {given!r}, but must be FILE.py:FUNCTION, a denoiser.")
-    if not Path(path).is_file():
-        raise UserError(f"--input names the file {path}, which is not there.")
-    spec = importlib.util.spec_from_file_location("users_denoiser", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--input names {path}, which is no Python file.")
-    module = importlib.util.module_from_spec(spec)
+def size(result: Callable, config, run: Run, folder: Path) -> str:
+    """The estimator and the draws that an accuracy of the curve needs, and that curve.
+
+    `--input=ACCURACY` or `--input=ACCURACY,FLOPS`: the largest standard error over
+    max(J*, V / 100), at the levels of an estimation run; and the work after which to give up,
+    10^15 if not said. Candidates are those of `sizing.estimate_to`.
+
+    Raises:
+      UserError: the input is no such numbers, or the work does not last for the trials.
+    """
+    accuracy, budget = _accuracy(run.input)
+    data, e = dataset(**config.data, seed=config.data_seed), config.estimator
+    mesh = meshes.make(**config.mesh)
+    scaled = data.rows.dtype == np.uint8 and data.scaling == "x/127.5-1"
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # Whatever the user's file does.
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"The file {path} cannot be loaded: {reason}.") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"The file {path} has no function {name!r}.")
-    return getattr(module, name)
+        found = sizing.estimate_to(
+            data.rows,
+            result(run.state()).sigmas,
+            jax.random.key(config.seed),
+            accuracy=accuracy,
+            budget=budget,
+            labels=data.labels if config.data.class_cond else None,
+            mesh=mesh if mesh.shape["data"] > 1 else None,
+            precision=e.precision,
+            tile=e.tile,
+            **(dict(scale=1 / 127.5, offset=-1.0) if scaled else {}),
+        )
+    except UserError as error:
+        if "estimator.budget" not in str(error):
+            raise
+        needed = str(error).partition("but must be ")[2].partition(",")[0]
+        said = f"--input allows {budget:.3g} FLOPs, but must be ACCURACY,FLOPS with {needed}."
+        raise UserError(said) from error
+    given = dict(accuracy=accuracy, flops=found.flops, **found.options)
+    record = dict(data=config.data.to_dict(), sized=given)
+    page = figures.curve_page(found.loss, record, e.tau, folder, config.model.sigma_data)
+    return f"{sizing.page(found, accuracy)}\n\n{page}"
+
+
+def _accuracy(given: str) -> tuple[float, float]:
+    try:
+        accuracy, budget = (*map(float, given.split(",")), 1e15)[:2]
+        good = 0 < accuracy < np.inf and budget > 0 and given.count(",") < 2
+    except ValueError:
+        good = False
+    if not good:
+        allowed = "ACCURACY or ACCURACY,FLOPS, numbers above 0, such as 0.01"
+        raise UserError(f"--input is {given!r}, but must be {allowed}.")
+    return accuracy, budget
 
 
 def sample(config, data, parts, run: Run, folder: Path) -> str:
-    """`sampler.count` samples, the rows nearest to the first of them, and all as an .npz."""
+    """`sampler.count` samples, the rows nearest to the first of them, and all as an .npz;
+    `--input` as of `evaluate`."""
     key = jax.random.key(config.seed)
-    params = run.state().averages.trees[0]
+    state, said = averages.averaged(config, run)
+    params = state.averages.trees[0]
     made = drawing.samples(config, data, parts, params, key, config.sampler.count)
     near = neighbours.nearest(made, data.rows)
     paths = [folder / f"samples_{run.name}.png", folder / f"nearest_{run.name}.png"]
@@ -174,7 +197,7 @@ def sample(config, data, parts, run: Run, folder: Path) -> str:
         np.savez(folder / f"samples_{run.name}.npz", images=images.restored(data, made))
     lines = [f"![{p.stem}]({p.name})" for p in paths]
     distance = float(np.median(near.distance[:, 0]))
-    return "\n".join([*lines, f"Median distance to the nearest row: {distance:.4g}."])
+    return "\n".join([said, "", *lines, f"Median distance to the nearest row: {distance:.4g}."])
 
 
 TRAINED = dict(evaluate=evaluate, diagnose=diagnose, sample=sample)

@@ -9,6 +9,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,12 +114,32 @@ def linear_bound(eigenvalues: Float[np.ndarray, " k"], sigmas: Any) -> np.ndarra
     return np.sum(eigenvalues * s2 / (eigenvalues + s2), -1)
 
 
-def covariance_eigenvalues(data: Any) -> Float[np.ndarray, " d"]:
-    """Of rows [N, ...] of floats, descending, float64."""
-    flat = np.asarray(data, np.float64).reshape(len(data), -1)
-    flat = flat - flat.mean(0)
-    values = np.linalg.svd(flat, compute_uv=False) ** 2 / len(flat)
-    return values
+def covariance_eigenvalues(
+    data: Any, convert: Callable[[Any], Any] = np.asarray, chunk: int = 4096
+) -> Float[np.ndarray, " d"]:
+    """Of rows [N, ...], descending, float64 [min(N, D)].
+
+    The rows are taken in pieces: D^2 float64 numbers are kept, not N D.
+
+    Args:
+      data: [N, ...] rows, a memory map as well.
+      convert: of a piece, to the numbers it stands for.
+      chunk: rows of a piece.
+    """
+    count = len(data)
+    piece = lambda i: np.asarray(convert(data[i : i + chunk]), np.float64)
+    pieces = lambda: (piece(i).reshape(-1, dim) for i in range(0, count, chunk))
+    dim = int(np.prod(np.shape(data)[1:]))
+    mean = sum(p.sum(0) for p in pieces()) / count
+    if count < dim:  # The same values, but for zeros, and fewer numbers.
+        rows = np.concatenate([p - mean for p in pieces()])
+        gram = rows @ rows.T
+    else:
+        gram = np.zeros((dim, dim))
+        for p in pieces():
+            p = p - mean
+            gram += p.T @ p
+    return np.maximum(np.linalg.eigvalsh(gram)[::-1] / count, 0)
 
 
 def sigma_star(curve: Curve, tau: float = 0.01) -> float:

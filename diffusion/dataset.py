@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import warnings
 from functools import lru_cache
 
 import jax
@@ -30,7 +31,9 @@ def dataset(
 
     Args:
       path: "" for the digits, a file or folder as in `images.load`, or "gaussian:HxWxC",
-        independent normal numbers, for trying sizes out.
+        independent normal numbers, for trying sizes out. They have labels, their order is
+        random, and nothing is decoded: class_cond, shuffle and cache change nothing.
+      num_rows: of random numbers, 0 is 512.
       flip: adds the mirror image of every row.
 
     The other fields are those of `images.load`.
@@ -55,25 +58,46 @@ def dataset(
 @lru_cache(maxsize=2)
 def _read(path: str, options: tuple) -> im.Images:
     given = dict(options)
-    if path.startswith("gaussian:"):
-        return _gaussian(path, given["num_rows"] or 512, given["seed"])
-    return im.load(path, **given)
+    random = path.startswith("gaussian:")
+    images = _gaussian(path, given) if random else im.load(path, **given)
+    _tell_of_single_rows(images, given["class_cond"])
+    return images
 
 
-def _gaussian(path: str, count: int, seed: int) -> im.Images:
+def _tell_of_single_rows(images: im.Images, conditional: bool) -> None:
+    said = "of which nothing can be lost: J* is 0."
+    if len(images.rows) == 1:
+        warnings.warn(f"data.path: {images.name} has one row, {said}", stacklevel=4)
+    elif conditional:
+        alone = int(np.sum(np.bincount(images.labels) == 1))
+        if alone:
+            warnings.warn(
+                f"data.class_cond: {alone} classes have one row, {said}", stacklevel=4
+            )
+
+
+def _gaussian(path: str, given: dict) -> im.Images:
     try:
         shape = tuple(int(n) for n in path.removeprefix("gaussian:").split("x"))
         assert len(shape) == 3 and min(shape) > 0  # noqa: PT018
     except (ValueError, AssertionError):
         raise reject("data.path", path, "gaussian:HxWxC, such as gaussian:64x64x3") from None
+    im.check_options(given)
+    height, width, channels = shape
+    for name, found in (("resolution", (height, width)), ("channels", (channels, channels))):
+        if given[name] and (given[name], given[name]) != found:
+            allowed = f"0, or what {path} says"
+            raise reject(f"data.{name}", given[name], allowed)
     if jax.process_index() == 0:
         print(f"note: config.data.path is {path}: random numbers, no images", file=sys.stderr)
+    count, seed = given["num_rows"] or 512, given["seed"]
     rng = np.random.default_rng(seed)
     pixels = 0.5 * rng.standard_normal((count, *shape), np.float32)
     labels = np.arange(count, dtype=np.int32) % 10
-    one = np.ones(shape[-1], np.float32)
+    one = np.ones(channels, np.float32)
     name = f"{path} {count} {seed}"
-    return im.Images(pixels, labels, (), "", 0 * one, one, path, name, name, 0)
+    images = im.Images(pixels, labels, (), "", 0 * one, one, path, name, name, 0)
+    return im.flipped(images) if given["flip"] else images
 
 
 def fingerprint(images: im.Images, conditional: bool) -> np.ndarray:

@@ -9,9 +9,11 @@ are added where the curve rises, about sigma_star as it is known by then.
 
 Other runs name this one in `init_from` and take the curve over. Actions: evaluate;
 diagnose, a denoiser of the user's, `--input=model.py:denoiser`, against the optimum of these
-data; study, subset estimators against C, L and s.
+data; study, subset estimators against C, L and s; size, the estimator and draws that reach an
+accuracy, `--input=0.01`.
 """
 
+import warnings
 from functools import lru_cache, partial
 
 import jax
@@ -53,8 +55,11 @@ def make(config) -> Experiment:
         mesh = meshes.make(**config.mesh)
         rows = placed(images, mesh, e.tile, config.data.class_cond)
         near = nearest_neighbours(rows, plan.neighbours, precision) if plan.neighbours else None
-        classes = config.data.class_cond
-        within = within_classes(images.rows, images.labels, float(rows.scale)) if classes else 0
+        within = 0.0
+        if config.data.class_cond:
+            # Of the rows as they are stored; `rows` may hold them scaled already.
+            unit = 1 / 127.5 if images.rows.dtype == np.uint8 else 1.0
+            within = within_classes(images.rows, images.labels, unit)
         return rows, near, np.float32(within)
 
     def init(key):
@@ -133,6 +138,7 @@ def make(config) -> Experiment:
             "evaluate": partial(actions.curve_again, found, config),
             "diagnose": partial(actions.diagnose_users, config),
             "study": partial(actions.study_subsets, found, config),
+            "size": partial(actions.size, found, config),
         },
         headline=lambda row: (
             f"sigma_star {row['sigma_star']:.3f}  information {row['information']:.3f} of "
@@ -176,6 +182,8 @@ def _plan(config, count: int, dim: int) -> Plan:
         if not least <= few <= most:
             allowed = f"from {least} (with the pilot) to {most}, {BATCHES} less than steps"
             raise reject("estimator.exact_blocks", few, allowed)
+    if config.steps * e.block < 2:
+        warnings.warn("A single draw has no standard error: it is NaN.", stacklevel=3)
     return plan._replace(steps=config.steps, few=few)
 
 
@@ -213,7 +221,8 @@ def _figures(state: State, plan: Plan, config) -> dict:
     x = jnp.log(state.sigmas[: e.points])
     value = _means(state, plan)[: e.points]
     star = star_of(x, value, e.tau * state.variance)
-    inside = jnp.trapezoid(value * jnp.exp(-2 * x), x)
+    # Where J* is 0 its weight may be beyond float32.
+    inside = jnp.trapezoid(jnp.where(value > 0, value * jnp.exp(-2 * x), 0), x)
     tail = state.variance / 2 * jnp.exp(-2 * x[-1])
     return {
         "sigma_star": jnp.exp(star),
@@ -247,7 +256,9 @@ def _number(rule: str) -> str | float:
 
 def _check(config, plan: Plan) -> None:
     e = config.estimator
-    if not 0 < e.sigma_min < e.sigma_max < np.inf:
+    if not 0 < e.sigma_min < np.inf:
+        raise reject("estimator.sigma_min", e.sigma_min, "a finite number above 0")
+    if not e.sigma_min < e.sigma_max < np.inf:
         raise reject("estimator.sigma_max", e.sigma_max, f"a finite number above {e.sigma_min}")
     whole("tile", e.tile)
     if e.points < 2:

@@ -82,8 +82,12 @@ def check(config, data: images.Images, parts: Parts) -> None:
     e = config.eval
     if e.draws < 2:
         raise reject("eval.draws", e.draws, "a whole number from 2 up")
-    if e.points < 2 or not 0 < e.sigma_min < e.sigma_max < np.inf:
-        raise reject("eval.points", e.points, "at least 2, of a range sigma_min < sigma_max")
+    if e.points < 2:
+        raise reject("eval.points", e.points, "a whole number from 2 up")
+    if not 0 < e.sigma_min < np.inf:
+        raise reject("eval.sigma_min", e.sigma_min, "a finite number above 0")
+    if not e.sigma_min < e.sigma_max < np.inf:
+        raise reject("eval.sigma_max", e.sigma_max, f"a finite number above {e.sigma_min}")
     if e.block < 1:
         raise reject("eval.block", e.block, "a whole number from 1 up")
     drawing.check(config, data, parts)

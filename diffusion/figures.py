@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from common import metrics
-from diffusion import curve, findings
+from diffusion import curve, findings, totals
 from diffusion.diagnosis import Diagnosis
 from diffusion.estimators import OptimalLoss
 from diffusion.findings import Groups, digits
@@ -26,8 +26,13 @@ LEVELS = 12  # Rows of a table of J*.
 SIGMA_DATA = 0.5  # Of the EDM weight, where there is no config to say.
 
 
-def optimal_loss(curves: Curves, path: Path) -> Drawn:
-    """J*(s) / D of each data set, with bracket, variance, sigma_star and published points."""
+def optimal_loss(
+    curves: Curves, path: Path, bounds: dict[str, np.ndarray] | None = None
+) -> Drawn:
+    """J*(s) / D of each data set, with bracket, variance, sigma_star and published points.
+
+    `bounds` are {variant: [S]}, linear bounds, sums over coordinates.
+    """
     from common.plots import colour, figure
 
     with figure(path, 2) as axes:
@@ -41,6 +46,8 @@ def optimal_loss(curves: Curves, path: Path) -> Drawn:
                     axis.fill_between(
                         found.sigmas, *ends, alpha=0.15, label=f"{name}: bounds", **look
                     )
+                if bounds and name in bounds:
+                    axis.plot(found.sigmas, bounds[name] / dim, lw=0.6, **look)
                 axis.axhline(float(found.variance) / dim, ls="--", lw=1, **look)
                 axis.axvline(said["sigma_star"], ls=":", lw=1, **look)
                 seen = [r for r in said.get("known", []) if r["known"] > 0]
@@ -55,11 +62,12 @@ def optimal_loss(curves: Curves, path: Path) -> Drawn:
         for axis in axes:
             axis.set(xscale="log", xlabel="noise level s", ylabel="J*(s) / D")
         axes[0].set(ylim=(-0.03 * top, 1.15 * top))
-        axes[1].set(yscale="log", ylim=(1e-8 * top, 2 * top))
+        if max(tops) > 0:
+            axes[1].set(yscale="log", ylim=(1e-8 * top, 2 * top))
         axes[0].legend(fontsize=8)
     caption = (
         "Optimal loss per coordinate; dashed: variance of the data, dotted: sigma_star, "
-        "bars: one standard error"
+        "bars: one standard error" + ("; thin: linear bound" if bounds else "")
     )
     return path.name, caption
 
@@ -181,7 +189,9 @@ def correlations(found: tuple, path: Path, distance: str) -> Drawn:
     return path.name, f"Correlation over runs of the gap at each level with the {distance}"
 
 
-def curve_page(found: OptimalLoss, record: dict, tau: float, folder: Path) -> str:
+def curve_page(
+    found: OptimalLoss, record: dict, tau: float, folder: Path, sigma_data: float = SIGMA_DATA
+) -> str:
     """A curve as Markdown; writes optimal_loss.png, .npz and .csv into `folder`.
 
     Args:
@@ -189,6 +199,7 @@ def curve_page(found: OptimalLoss, record: dict, tau: float, folder: Path) -> st
       record: what it is of; goes into the .npz.
       tau: share of the variance that defines sigma_star.
       folder: is there; only the first process writes.
+      sigma_data: of the weights of EDM, in the table of totals.
     """
     found = findings.pooled([found])
     star, error = findings.sigma_star(found, tau)
@@ -203,22 +214,26 @@ def curve_page(found: OptimalLoss, record: dict, tau: float, folder: Path) -> st
             f"{float(found.variance / found.dim):.6g} per coordinate, information "
             f"{digits(*nats)} nats, {int(found.num_draws)} draws.",
             curve_table(found),
+            totals.table(totals.totals(found, sigma_data), sigma_data),
             "![J*](optimal_loss.png)",
             "All of it: optimal_loss.npz (sums over coordinates), optimal_loss.csv (means).",
         ]
     )
 
 
-def diagnosis_page(found: Diagnosis, name: str, folder: Path) -> str:
+def diagnosis_page(
+    found: Diagnosis, name: str, folder: Path, sigma_data: float = SIGMA_DATA
+) -> str:
     """A diagnosis as Markdown; writes diagnosis.png and .csv into `folder`.
 
     Shares are of the gap's integral over log s, plain and weighted as EDM trains data of
-    standard deviation 0.5.
+    standard deviation `sigma_data`.
 
     Args:
       found: the diagnosis.
       name: whose.
       folder: is there; only the first process writes.
+      sigma_data: of the weight of EDM.
     """
     from common.plots import figure
 
@@ -243,7 +258,7 @@ def diagnosis_page(found: Diagnosis, name: str, folder: Path) -> str:
         pairs = ((getattr(found, n)[i], getattr(found, f"{n}_err")[i]) for n in FOUR)
         lines.append(f"| {s:.4g} | {' | '.join(digits(*pair) for pair in pairs)} |")
     shares = ["| octave of s | share of the gap | EDM-weighted |", "|---|---|---|"]
-    for low, high, share, weighted in octaves(found):
+    for low, high, share, weighted in octaves(found, sigma_data):
         shares.append(
             f"| {low:.3g} – {high:.3g} | {100 * share:.1f} % | {100 * weighted:.1f} % |"
         )

@@ -135,6 +135,7 @@ def floor(seeds: dict[int, Run]) -> tuple[OptimalLoss, dict]:
         "data": images.name,
         "sha256": images.sha256,
         "rows": len(images.rows),
+        "duplicates": int(images.duplicates),
         "dim": int(found.dim),
         "estimator": config.estimator.name,
         "draws": int(found.num_draws),

@@ -69,7 +69,8 @@ def opened(path: str) -> Source:
     try:
         return kinds[place.suffix.lower()](place)
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged or no NumPy file: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise UserError(f"{path} is damaged or no NumPy file: {reason}.") from error
 
 
 def fitted(picture: Any, resolution: int, channels: int) -> np.ndarray:

@@ -11,6 +11,7 @@ a quarter of the memory. Float rows are scaled once, here.
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from diffusion import image_files
 SCALINGS = ("x/127.5-1", "")
 CHUNK = 4096  # Rows looked at together.
 WIDEST = 16.0  # Float values beyond this are no images in [-1, 1].
+LARGEST = 1e15  # Squares of float values up to this add up to a float32.
 
 
 class Images(NamedTuple):
@@ -73,7 +75,8 @@ def load(
         as in `diffusion.image_files`. Rows may also be [N, H, W] (one channel) or [N, D]
         (points: D channels of one pixel). Latents are standardised per channel.
       scaling: of integer images: x/127.5-1 takes 0 ... 255 to [-1, 1]; with "" they are
-        refused. Float images are taken as they are, float16 and float64 as float32.
+        refused. Float images are taken as they are, float16 and float64 as float32, with
+        a warning where they lie in [0, 1] or far beyond [-1, 1].
       resolution: images become squares of this side: the centre, resized by Lanczos.
         0: as they are. Float arrays and latents are only checked.
       channels: 1 or 3 converts 8-bit images; else it is checked. 0: as they are.
@@ -88,11 +91,7 @@ def load(
       UserError: whatever is missing, damaged, empty, not finite or does not fit together.
     """
     counts = dict(resolution=resolution, channels=channels, num_rows=num_rows)
-    for name, value in counts.items():
-        if value < 0:
-            raise reject(f"data.{name}", value, "a whole number from 0 up")
-    if scaling not in SCALINGS:
-        raise reject("data.scaling", scaling, "x/127.5-1, or empty for images that are floats")
+    check_options(dict(scaling=scaling) | counts)
     digits = path in ("", "digits")
     path = "digits" if digits else path
     source = _digits() if digits else image_files.opened(path)
@@ -125,6 +124,20 @@ def load(
     )
     images = _signed(images)
     return flipped(images) if flip else images
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Refuses what no data can have: arguments of `load`, by name.
+
+    Raises:
+      UserError: resolution, channels or num_rows is below 0, or there is no such scaling.
+    """
+    for name in ("resolution", "channels", "num_rows"):
+        if given[name] < 0:
+            raise reject(f"data.{name}", given[name], "a whole number from 0 up")
+    scaling = given["scaling"]
+    if scaling not in SCALINGS:
+        raise reject("data.scaling", scaling, "x/127.5-1, or empty for images that are floats")
 
 
 def scaled(rows: Shaped[Array, "*shape"] | Shaped[np.ndarray, "*shape"]) -> Any:
@@ -264,10 +277,15 @@ def _prepared(rows: np.ndarray, scaling: str, kind: str) -> tuple:
             rows = ((rows - mean) / std).astype(np.float32)
             return rows, "per channel", mean.astype(np.float32), std.astype(np.float32)
         low, high = float(rows.min()), float(rows.max())
-        if max(-low, high) > WIDEST:
+        if max(-low, high) > LARGEST:
+            allowed = f"numbers up to {LARGEST:g}, but they go from {low:g} to {high:g}"
+            raise UserError(f"config.data.path: images must be {allowed}.")
+        unit = low >= 0 and high <= 1
+        if unit or max(-low, high) > WIDEST:
+            hint = ", which 2 x - 1 makes of [0, 1]" if unit else ""
             warnings.warn(
                 f"data.path: float rows from {low:g} to {high:g} are taken as they are; "
-                "images should be in [-1, 1].",
+                f"images should be in [-1, 1]{hint}.",
                 stacklevel=3,
             )
         return rows.astype(np.float32, copy=False), "", constant(0), constant(1)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from common.errors import reject
 from diffusion.predictions import coefficients
-from diffusion.processes import Process, iddpm_levels
+from diffusion.processes import Process, iddpm_levels, rates
 
 Denoiser = Callable[[Array, Array], Array]  # (x [B, ...], s [B]) -> x0_hat [B, ...]
 
@@ -76,6 +76,8 @@ def preconditioning(
 
     if target not in ("eps", "score", "v", "velocity"):
         coefficients(target, process, jnp.float32(process.last))  # Names what is known.
+    if target == "velocity":
+        rates(process, jnp.float32(process.last))  # Now, not when training begins.
     return Preconditioning(
         c_skip=lambda s: parts(s)[0],
         c_out=lambda s: parts(s)[1],

@@ -41,8 +41,9 @@ def coefficients(
       sigma_data: standard deviation of the data, for F.
 
     Raises:
-      UserError: an unknown target; a velocity where time is discrete; a time at which the
-        target says nothing about x_0 (Delta = 0).
+      UserError: an unknown target; a velocity where time is discrete; a time that the process
+        does not have, or at which the target says nothing about x_0 (Delta = 0). Of times
+        that are not known, under `jit`, nothing is refused.
     """
     alpha, sigma = process.alpha(t), process.sigma(t)
     zero, one = jnp.zeros_like(alpha), jnp.ones_like(alpha)
@@ -60,7 +61,12 @@ def coefficients(
     if target not in made:
         raise reject("target", target, f"one of {', '.join(made)}")
     a, b = made[target]()
-    _check_delta(a * sigma - b * alpha, t, target)
+    # The cosine at the end of gvp is a little below 0.
+    known = (alpha > -1e-6) & (sigma > -1e-6)
+    _check(known, t, f"alpha and sigma of the process {process.name} are no numbers from 0 up")
+    delta = a * sigma - b * alpha
+    good = (delta != 0) & jnp.isfinite(delta)
+    _check(good, t, f"the target {target} does not determine x_0")
     return a, b
 
 
@@ -113,9 +119,16 @@ def kappa(
 def loss_factor(
     target: str, process: Process, t: Float[Array, "..."], sigma_data: float = 0.5
 ) -> Float[Array, "..."]:
-    """`kappa` of a target at times t."""
+    """`kappa` of a target at times t.
+
+    Raises:
+      UserError: as `coefficients`; a time without noise, where kappa is infinite.
+    """
     a, b = coefficients(target, process, t, sigma_data)
-    return kappa(process.alpha(t), process.sigma(t), a, b)
+    factor = kappa(process.alpha(t), process.sigma(t), a, b)
+    said = f"the error of the target {target} is no finite multiple of that of x_0"
+    _check(jnp.isfinite(factor), t, said)
+    return factor
 
 
 def convert_loss(
@@ -129,19 +142,16 @@ def convert_loss(
     """A loss, optimal loss or gap of one target at times t as that of another.
 
     Raises:
-      UserError: as `coefficients`.
+      UserError: as `loss_factor`.
     """
     of = lambda name: loss_factor(name, process, t, sigma_data)
     return value * of(target) / of(source)
 
 
-def _check_delta(delta, t, target):
-    if isinstance(delta, jax.core.Tracer):
+def _check(good, t, said):
+    if isinstance(good, jax.core.Tracer):
         return
-    bad = ~(np.abs(np.asarray(delta)) > 0) | ~np.isfinite(np.asarray(delta))
-    if bad.any():
-        t = float(np.broadcast_to(np.asarray(t), bad.shape)[bad].ravel()[0])
-        raise UserError(
-            f"At t = {t:g} the target {target} does not determine x_0; choose another time, "
-            "or another target."
-        )
+    good = np.asarray(good)
+    if not good.all():
+        t = float(np.broadcast_to(np.asarray(t), good.shape)[~good].ravel()[0])
+        raise UserError(f"At t = {t:g} {said}; choose another time, or another target.")

@@ -15,6 +15,7 @@ coordinates", x = x_0 + s eps, and a process is a way to name s by a time t:
 Data are at the smallest t throughout. Codes with data at t = 1 are converted at the boundary.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -98,9 +99,30 @@ def process(
 
 
 def ratio(process: Process, t: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The noise-to-signal ratio s at time t; times beyond the ends are taken as the ends."""
-    t = jnp.clip(t, process.first, process.last)
+    """The noise-to-signal ratio s at time t; times beyond the ends are taken as the ends.
+
+    Where the values of t are known, not under `jit`, a warning says so.
+    """
+    t = _clipped(process, t)
     return process.sigma(t) / process.alpha(t)
+
+
+def _clipped(process: Process, t: Array) -> Array:
+    inside = jnp.clip(t, process.first, process.last)
+    if isinstance(t, jax.core.Tracer):
+        return inside
+    given, kept = np.asarray(t), np.asarray(inside)
+    # By the ends in the dtype of t; of NaN nothing can be said.
+    below, above = int(np.sum(given < kept)), int(np.sum(given > kept))
+    said = [
+        f"{count} to {end:g}"
+        for count, end in ((below, process.first), (above, process.last))
+        if count
+    ]
+    if said:
+        taken = f"of {given.size} were clipped: {' and '.join(said)}"
+        warnings.warn(f"Times of the process {process.name} {taken}.", stacklevel=3)
+    return inside
 
 
 def rates(process: Process, t: Float[Array, "..."]) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ from diffusion import (
     findings,
     pictures,
     scaling_runs,
+    totals,
 )
 from diffusion.dataset import dataset
 from diffusion.findings import TOLERANCE, Groups, digits
@@ -88,9 +89,12 @@ def _floors(floors: Groups, folder: Path) -> Section:
     if not floors:
         return [], [], {}
     curves = {name: findings.floor(seeds) for name, seeds in floors.items()}
+    configs = {name: next(iter(seeds.values())).config for name, seeds in floors.items()}
+    bounds = _linear(curves, configs)
     parts = ["## Optimal loss"]
     for name, (found, said) in curves.items():
-        config = next(iter(floors[name].values())).config
+        config, sigma_data = configs[name], float(configs[name].model.sigma_data)
+        said["totals"] = totals.totals(found, sigma_data)
         about = dict(
             images=said["data"],
             sha256=said["sha256"],
@@ -100,17 +104,33 @@ def _floors(floors: Groups, folder: Path) -> Section:
         )
         file = "optimal_loss.npz" if len(curves) == 1 else f"optimal_loss_{name}.npz"
         curve.save(folder / file, found, about)
-        parts += [_floor_words(name, said), figures.curve_table(found), *_known(said)]
+        parts += [_floor_words(name, said), figures.curve_table(found)]
+        parts += [totals.table(said["totals"], sigma_data), *_known(said)]
     each = {
         name: {seed: findings.curve_of(findings.last(run)) for seed, run in seeds.items()}
         for name, seeds in floors.items()
     }
     figures.write_curves(each, folder / "optimal_loss.csv")
-    drawn = [figures.optimal_loss(curves, folder / "optimal_loss.png")]
+    drawn = [figures.optimal_loss(curves, folder / "optimal_loss.png", bounds)]
     first = next(iter(curves.values()))[1]
-    names = ("sigma_star", "information", "information_ratio", "entropy", "variance")
+    names = ("sigma_star", "information", "information_ratio", "entropy", "variance", "totals")
     top = {n: first[n] for n in (*names, "sigma_star_error", "information_error")}
     return parts, drawn, top | {"optimal_loss": {n: said for n, (_, said) in curves.items()}}
+
+
+def _linear(curves: figures.Curves, configs: dict) -> dict[str, np.ndarray]:
+    """The linear bound [S] of each curve without classes, into whose summary it goes."""
+    known: dict[str, np.ndarray] = {}  # Variants may share their data.
+    bounds = {}
+    for name, (found, said) in curves.items():
+        config = configs[name]
+        if config.data.class_cond or found.dim > totals.WIDEST:
+            continue
+        data = dataset(**config.data, seed=config.data_seed)
+        if data.sha256 not in known:
+            known[data.sha256] = curve.covariance_eigenvalues(data.rows, scaled)
+        bounds[name], said["linear"] = totals.beside_linear(found, known[data.sha256])
+    return bounds
 
 
 def _floor_words(name: str, said: dict) -> str:
@@ -120,14 +140,16 @@ def _floor_words(name: str, said: dict) -> str:
         spread = f" ({low} to {high} over {said['seeds']} seeds)"
     ratio = said["information_ratio"]
     share = "" if ratio is None else f", {100 * ratio:.1f} %"
+    same = f" ({said['duplicates']:,} equal an earlier one)" if said["duplicates"] else ""
+    linear = f" {totals.linear_words(said['linear'])}" if "linear" in said else ""
     return (
-        f"{name}: {said['rows']:,} rows of {said['dim']} coordinates of {said['data']}, "
+        f"{name}: {said['rows']:,} rows{same} of {said['dim']} coordinates of {said['data']}, "
         f"estimator {said['estimator']}, {said['draws']:,} draws. sigma_star "
         f"{digits(said['sigma_star'], said['sigma_star_error'])}{spread}, the largest s with "
         f"J* ≤ {said['tau']:g} V; variance {said['variance']:.6g} per coordinate. Information "
         f"{digits(said['information'], said['information_error'])} of "
         f"{said['entropy']:.4f} nats{share}: the integral of J* s⁻³, which must be the entropy "
-        "of a row, ln N where no two are equal."
+        f"of a row, ln N where no two are equal.{linear}"
     )
 
 

@@ -218,7 +218,12 @@ def _mean(data):
 
 
 def _checked(data, scale):
-    data = np.asarray(data)
+    try:
+        data = np.asarray(data)
+    except ValueError:
+        raise UserError("The data must be rows of equal length.") from None
+    if scale is not None and not (np.isfinite(scale) and scale != 0):
+        raise reject("data.scale", scale, "a finite number that is not 0")
     if data.ndim < 2 or 0 in data.shape:
         raise reject("data", data.shape, "rows of numbers, a shape (N, ...) without zeros")
     data = data.reshape(len(data), -1)

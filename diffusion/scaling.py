@@ -65,7 +65,7 @@ class ScalingReport(NamedTuple):
       free_gain: rho of `free` minus rho of `raw`, with its interval.
       alpha_shift: by how much one standard error of J* moves `corrected.alpha`.
       below, within: how many measurements were dropped as J <= J*, and as more than that but
-        by no more than two standard errors of J*.
+        by no more than two standard errors of J - J*.
       draws: resamples behind the intervals; those with fewer than 5 points do not count.
     """
 
@@ -94,6 +94,7 @@ def analyse(
     optimum: float,
     optimum_err: float = 0.0,
     *,
+    errors: Mapping[str, Any] | None = None,
     rng: np.random.Generator,
     points: int = 24,
     draws: int = 1000,
@@ -109,15 +110,21 @@ def analyse(
     Args:
       runs: {name: (flops [T], loss [T])}, in any order, F > 0 in any unit.
       optimum, optimum_err: J* >= 0 in the unit of the losses, and its standard error.
+      errors: {name: [T]} of what stands above J* in each loss, where losses are known only
+        so well; None: exactly. Measurements within two standard errors of J*, of both
+        together, are dropped: their logarithm is noise.
       rng: of the bootstrap.
       points: of the envelope, from 5 up; at least 20 for 1.5 decades are advised.
       draws: of runs, with replacement; 0: no intervals.
 
     Raises:
-      UserError: a measurement is not finite or its F not above 0, shapes differ, or fewer
-        than 5 points of different F are left.
+      UserError: a measurement or its error is not finite, F not above 0, shapes differ, or
+        fewer than 5 points of different F are left.
     """
-    runs = {name: _sorted(*measured(f"runs.{name}", *pair)) for name, pair in runs.items()}
+    runs = {name: measured(f"runs.{name}", *pair) for name, pair in runs.items()}
+    own = {name: _errors(name, errors, loss) for name, (_, loss) in runs.items()}
+    order = {name: np.argsort(flops, kind="stable") for name, (flops, _) in runs.items()}
+    runs = {name: (f[order[name]], loss[order[name]]) for name, (f, loss) in runs.items()}
     for name, value in (("optimum", optimum), ("optimum_err", optimum_err)):
         if not (np.isfinite(value) and value >= 0):
             raise reject(f"scaling.{name}", value, "a finite number from 0 up")
@@ -127,11 +134,12 @@ def analyse(
     optimum, optimum_err = float(optimum), float(optimum_err)
     gaps = {name: loss - optimum for name, (_, loss) in runs.items()}
     below = sum(int((gap <= 0).sum()) for gap in gaps.values())
-    small = sum(int((gap <= 2 * optimum_err).sum()) for gap in gaps.values())
+    least = {name: 2 * np.hypot(optimum_err, own[name][order[name]]) for name in runs}
+    small = sum(int((gap <= least[name]).sum()) for name, gap in gaps.items())
     kept = {
         name: (np.log(runs[name][0][good]), np.log(gap[good]))
         for name, gap in gaps.items()
-        if (good := gap > 2 * optimum_err).any()
+        if (good := gap > least[name]).any()
     }
     dropped = f"({small} of the measurements are within two standard errors of J* or below it)"
     if sum(len(x) for x, _ in kept.values()) < LEAST:
@@ -299,9 +307,19 @@ def _interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _sorted(flops: np.ndarray, loss: np.ndarray) -> Pair:
-    order = np.argsort(flops, kind="stable")
-    return flops[order], loss[order]
+def _errors(name: str, errors: Mapping[str, Any] | None, loss: np.ndarray) -> np.ndarray:
+    """Of the losses of a run, in the order given; 0 where none are."""
+    if errors is None:
+        return np.zeros(len(loss))
+    field = f"scaling.errors.{name}"
+    found = np.atleast_1d(np.asarray(errors.get(name), float))
+    if found.shape != loss.shape:
+        raise reject(field, found.shape, f"of the shape {loss.shape} of the losses")
+    good = np.isfinite(found) & (found >= 0)
+    if not good.all():
+        i = int(np.argmin(good))
+        raise reject(f"{field}[{i}]", float(found[i]), "a finite number from 0 up")
+    return found
 
 
 def _check_points(points: int) -> None:

@@ -2,6 +2,7 @@
 
 F is `flops` of an evaluation row, the training FLOP so far. J is the floor of all runs plus a
 run's own gap: loss and floor share their draws, so this leaves the noise of the draws out.
+The errors of the gap and of J* together tell which gaps are above zero at all.
 """
 
 from pathlib import Path
@@ -95,7 +96,12 @@ def analyses(
     first = next(iter(rows.values()))[0]
     edges = findings.bands(first)[0]
     measures = {
-        TOTAL: lambda row: (row["edm_floor"], row["edm_gap"], _floor_error(row, groups))
+        TOTAL: lambda row: (
+            row["edm_floor"],
+            row["edm_gap"],
+            _floor_error(row, groups),
+            row["edm_gap_err"],
+        )
     }
     for b in range(len(edges) - 1):
         measures[f"s {edges[b]:.2g} – {edges[b + 1]:.2g}"] = lambda row, b=b: _band(row, b)
@@ -122,13 +128,15 @@ def _fit(rows: dict, measure, draws: int) -> ScalingReport:
         )
         for name, seed in rows
     }
+    errors = {f"{name}-seed{seed}": v[:, 3] for (name, seed), v in values.items()}
     rng = np.random.default_rng(0)
-    return scaling.analyse(runs, optimum, error, rng=rng, draws=draws)
+    return scaling.analyse(runs, optimum, error, errors=errors, rng=rng, draws=draws)
 
 
-def _band(row: dict, b: int) -> tuple[float, float, float]:
-    _, floor, error = findings.bands(row, "floor")
-    return floor[b], findings.bands(row)[1][b], error[b]
+def _band(row: dict, b: int) -> tuple[float, float, float, float]:
+    """Floor and gap, and their errors."""
+    (_, floor, error), (_, gap, gap_error) = findings.bands(row, "floor"), findings.bands(row)
+    return floor[b], gap[b], error[b], gap_error[b]
 
 
 def _floor_error(row: dict, groups: Groups) -> float:

@@ -3,6 +3,8 @@
 Every candidate is tried on few draws. Its squared error falls as one over its cost, so their
 product at the level that needs most says which is best, and how much of it is needed. Blocks
 are of one size throughout, so that draws cost and spread as they did in the trial.
+
+By command: `--do=size --input=0.01` of an estimation run.
 """
 
 from typing import Any, NamedTuple
@@ -131,6 +133,38 @@ def estimate_to(
             break
         more = done * (1.2 * (off / accuracy) ** 2 - 1)
     return Sized(loss, chosen, spent, off, off <= accuracy, tuple(tried))
+
+
+def page(found: Sized, asked: float) -> str:
+    """What was chosen and what it took, as Markdown; `asked` is the accuracy."""
+    verb = "reaches" if found.reached else "does not reach, within the FLOPs allowed,"
+    text = (
+        f"{_named(found.options)} {verb} an error of {asked:g} max(J\\*, V / 100) at every "
+        f"level: measured {found.accuracy:.3g}, of {int(found.loss.num_draws)} draws and "
+        f"{found.flops:.3g} FLOPs with the trials."
+    )
+    lines = [
+        "| tried | draws | FLOPs | estimated FLOPs for this accuracy |",
+        "|---|---|---|---|",
+    ]
+    for each in found.candidates:
+        cells = (
+            _named(each.options),
+            str(each.options["num_draws"]),
+            f"{each.flops:.3g}",
+            f"{each.need * each.flops:.3g}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n\n".join([text, "\n".join(lines)])
+
+
+def _named(options: dict) -> str:
+    more = [
+        f"{name} {options[name]}"
+        for name in ("subset_size", "neighbours", "exact_draws")
+        if options.get(name)
+    ]
+    return options["estimator"] + (f" ({', '.join(more)})" if more else "")
 
 
 def work(

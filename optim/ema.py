@@ -8,7 +8,7 @@
 
 A power function keeps the same shape while training goes on: theta_hat(t) weighs theta(tau) by
 about tau^gamma, and its relative width is sigma_rel. Two such averages saved now and then are
-enough to make any other afterwards (`weights`, `combined`).
+enough to make any other afterwards (`weights`, `mismatch`, `combined`).
 
 A schedule is a function t -> rate. The rate, not 1 - rate, since late in training it is too
 small for what float32 leaves of the difference.
@@ -156,6 +156,24 @@ def weights(
     # Profiles that nearly repeat each other share their weight.
     found = np.linalg.lstsq(gram, right[:, 0], rcond=None)[0]
     return found / found.sum()
+
+
+def mismatch(
+    factors: Float[np.ndarray, " n"],
+    times: Float[np.ndarray, " n"],
+    gammas: Float[np.ndarray, " n"],
+    time: float,
+    gamma: float,
+) -> float:
+    """|sum_i factors_i p_i - p| / |p| of profiles in L2 on [0, t], from 0; `weights` finds the
+    factors. Rounding leaves 1e-8 of what is exact."""
+    column = lambda a: np.asarray(a, np.float64)[:, None]
+    last = np.array([time]), np.array([gamma])
+    gram = _product(column(times), column(gammas), times, gammas)
+    right = _product(column(times), column(gammas), *last)[:, 0]
+    whole = float(_product(*last, *last)[0])
+    left = factors @ gram @ factors - 2 * factors @ right + whole
+    return float(np.sqrt(max(left, 0.0) / whole))
 
 
 def _product(t, g, time, gamma):

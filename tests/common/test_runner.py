@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from common import config as configs
 from common import metrics, pod, runner
-from common.errors import UserError
+from common.errors import Unfit, UserError
 from tests import toy
 from tests.common.test_loop import Never
 
@@ -50,6 +50,44 @@ def test_an_experiment_that_cannot_adopt_says_so_first(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot adopt"):
         runner.run(config(init_from=str(tmp_path / "donor" / "seed0")), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_an_action_leaves_out_runs_that_its_input_is_not_for(tmp_path, monkeypatch, capsys):
+    """Those without the action as well; where no run is left, one sentence is the answer."""
+    runs = config()
+    runs.unlock()
+    runs.runs = {"a": {}, "b": {"experiment": "tests.toy_more"}}
+    runs.lock()
+
+    def make(c):
+        def pick(run, folder):
+            if run.input != run.name:
+                raise Unfit(f"--input={run.input} is not {run.name}.")
+            saved = run.saved()
+            assert list(saved) == [1, 2]
+            states = [load() for load in saved.values()]
+            assert not (states[0].walkers == states[1].walkers).all()
+            assert (run.state().walkers == states[1].walkers).all()
+            return f"picked {run.name}"
+
+        own = dict(only=lambda run, folder: "one") if "more" in c.experiment else {}
+        return toy.make(c)._replace(actions=dict(pick=pick) | own)
+
+    monkeypatch.setattr(runner, "make", make)
+    configs.apply(runs, dict(save_every=1))
+    work = tmp_path / "w"
+    runner.run(runs, work)
+    runner.act(runs, work, "pick", "b-seed0", ())
+    said = capsys.readouterr()
+    assert "note: a-seed0 is left out: --input=b-seed0 is not a-seed0." in said.err
+    assert (work / "pick.md").read_text() == "# pick: b-seed0\n\npicked b-seed0\n"
+    assert [p.name for p in (work / "pick").iterdir()] == ["b-seed0"]
+    runner.act(runs, work, "only", "", ())
+    assert (work / "only.md").read_text() == "# only: b-seed0\n\none\n"
+    with pytest.raises(UserError, match="--input=c is not b-seed0"):
+        runner.act(runs, work, "pick", "c", ())
+    with pytest.raises(UserError, match="experiment has pick, only, compile"):
+        runner.act(runs, work, "pck", "", ())
 
 
 def test_a_variant_may_start_from_one_before_it(tmp_path):

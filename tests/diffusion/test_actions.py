@@ -55,8 +55,11 @@ def test_evaluate_and_diagnose(runs, tmp_path):
     text = act(runs, "flow", "diagnose", tmp_path)
     assert "gap" in text
     assert list(tmp_path.glob("*.png"))
-    with pytest.raises(UserError, match="--input"):
-        act(runs, "flow", "diagnose", tmp_path, "mine.py:f")
+    for action in ("diagnose", "evaluate", "sample"):
+        with pytest.raises(UserError, match=r"--input=.* must be 'power'"):
+            act(runs, "flow", action, tmp_path, "mine.py:f")
+    with pytest.raises(UserError, match=r"--input=0\.1 is for training runs"):
+        act(runs, "floor", "evaluate", tmp_path, "0.1")
 
 
 def test_samples(runs, tmp_path):
@@ -104,6 +107,69 @@ def test_a_function_of_numpy_is_one_of_jax(runs, users, tmp_path):
     numbers = [re.findall(r"\d+\.\d+", text) for text in texts]
     assert len(numbers[0]) > 20
     np.testing.assert_allclose(*(np.array(n, float) for n in numbers), rtol=0.02, atol=0.02)
+
+
+def test_a_model_of_another_target_is_the_denoiser_that_it_means(runs, users, tmp_path):
+    """A VP model of eps, on the host and by JAX, against the same model as x_0."""
+    users.write_text(
+        users.read_text() + "from diffusion.users_models import denoiser_of\n"
+        "def eps(x_t, t):\n"
+        "    xp = np if isinstance(x_t, np.ndarray) else jnp\n"
+        "    t = t.reshape(-1, 1, 1, 1)\n"
+        "    log = -0.25 * 19.9 * t**2 - 0.5 * 0.1 * t\n"
+        "    alpha, sigma = xp.exp(log), xp.sqrt(-xp.expm1(2 * log))\n"
+        "    return sigma / (0.29 * alpha**2 + sigma**2) * x_t\n"
+        "of_jax = denoiser_of(eps, process='vp', target='eps')\n"
+        "host = lambda x, t: eps(np.asarray(x), np.asarray(t))\n"
+        "on_host = denoiser_of(host, process='vp', target='eps')\n"
+    )
+    found = []
+    for name in ("linear", "of_jax", "on_host"):
+        act(runs, "floor", "diagnose", tmp_path, f"{users}:{name}")
+        found.append(np.genfromtxt(tmp_path / "diagnosis.csv", delimiter=",", names=True))
+    for other in found[1:]:
+        for field in ("loss", "gap", "distance"):
+            np.testing.assert_allclose(other[field], found[0][field], rtol=2e-3, atol=1e-6)
+    assert (found[0]["distance"] > 1e-6).any()
+
+
+def test_the_curve_is_sized(runs, tmp_path):
+    text = act(runs, "floor", "size", tmp_path, "0.05")
+    assert re.search(r"^(exact|corrected).* reaches an error of 0\.05 max", text)
+    measured = float(re.search(r"measured ([\d.e-]+),", text)[1])
+    assert measured <= 0.05
+    draws = int(re.search(r"of (\d+) draws", text)[1])
+    assert "| exact | 512 |" in text
+    assert "| corrected (subset_size 224, exact_draws 512) | 2048 |" in text
+    (saved,) = tmp_path.glob("*.npz")
+    loss, record = curve.load(saved)
+    assert int(loss.num_draws) == draws
+    error = loss.stderr / np.maximum(loss.value, 0.01 * loss.variance)
+    assert error.max() == pytest.approx(measured, rel=0.01)
+    assert record["sized"]["accuracy"] == 0.05
+    # The levels are those of the run, and so is the curve.
+    act(runs, "floor", "evaluate", folder := tmp_path / "run")
+    mine, _ = curve.load(folder / "optimal_loss.npz")
+    np.testing.assert_allclose(loss.sigmas, mine.sigmas)
+    bar = np.hypot(loss.stderr, mine.stderr) + 1e-6
+    assert (np.abs(loss.value - mine.value) <= 5 * bar).all()
+
+
+def test_a_budget_that_ends_it_is_said(runs, tmp_path):
+    text = act(runs, "floor", "size", tmp_path, "1e-5,2e11")
+    assert "does not reach, within the FLOPs allowed, an error of 1e-05" in text
+    with pytest.raises(
+        UserError, match=r"^--input allows 1e\+03 FLOPs, .* FLOPs from .* up\.$"
+    ):
+        act(runs, "floor", "size", tmp_path, "0.01,1000")
+
+
+@pytest.mark.parametrize(
+    "given", ["", "fine", "0", "-1", "nan", "inf", "0.1,", "0.1,0", "1,2,3"]
+)
+def test_what_is_no_accuracy_is_refused(runs, tmp_path, given):
+    with pytest.raises(UserError, match=r"^--input is .* ACCURACY,FLOPS, .* such as 0\.01\.$"):
+        act(runs, "floor", "size", tmp_path, given)
 
 
 @pytest.mark.parametrize(

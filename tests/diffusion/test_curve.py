@@ -44,6 +44,24 @@ def test_the_linear_bound_holds_and_is_met_at_large_noise(whole):
     assert whole.value[-1] == pytest.approx(bound[-1], abs=4 * whole.stderr[-1])
 
 
+@pytest.mark.parametrize("shape", [(90, 3, 2, 4), (17, 24), (24, 24), (7, 3)])
+def test_eigenvalues_in_pieces_are_those_of_the_covariance(shape):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, shape, np.uint8)
+    before = pixels.copy()
+    found = cv.covariance_eigenvalues(pixels, lambda a: a / 127.5 - 1, chunk=5)
+    flat = (pixels / 127.5 - 1).reshape(shape[0], -1)
+    want = np.linalg.eigvalsh(np.cov(flat.T, bias=True))[::-1][: min(flat.shape)]
+    np.testing.assert_allclose(found, want, atol=1e-13)
+    assert (found >= 0).all()
+    np.testing.assert_array_equal(pixels, before)
+    floats = rng.standard_normal((40, 6)) + 100
+    kept = floats.copy()
+    want = np.linalg.eigvalsh(np.cov(floats.T, bias=True))[::-1]
+    np.testing.assert_allclose(cv.covariance_eigenvalues(floats, chunk=7), want, rtol=1e-9)
+    np.testing.assert_array_equal(floats, kept)  # Never worked on in place.
+
+
 def test_sigma_star_of_the_digits(whole):
     assert cv.sigma_star(cv.smooth(whole)) == pytest.approx(0.46, abs=0.03)
 

@@ -78,6 +78,7 @@ def test_all_discrete_levels_are_all_of_them(spacing):
         (lambda: grids.edm(1), "n"),
         (lambda: grids.edm(8, sigma_min=0.0), "sigma_min"),
         (lambda: grids.edm(8, sigma_min=np.nan), "sigma_min"),
+        (lambda: grids.edm(8, sigma_min=np.inf), "sigma_min"),
         (lambda: grids.edm(8, 1.0, 1.0), "sigma_max"),
         (lambda: grids.edm(8, sigma_max=np.inf), "sigma_max"),
         (lambda: grids.edm(8, rho=0.0), "rho"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,28 @@ def test_floats_are_taken_as_they_are_with_a_word_where_that_is_odd(tmp_path):
     np.save(tmp_path / "c.npy", 100 * x)
     with pytest.warns(UserWarning, match="taken as they are"):
         load(str(tmp_path / "c.npy"), scaling="")
+    np.save(tmp_path / "d.npy", pixels().astype(np.float32))
+    with pytest.warns(UserWarning, match=r"from 0 to 255 are taken as they are"):
+        load(str(tmp_path / "d.npy"), scaling="")
+
+
+def test_floats_in_the_unit_interval_are_told_of_once_and_taken(tmp_path):
+    unit = (pixels() / 255).astype(np.float32)
+    np.save(tmp_path / "unit.npy", unit)
+    with pytest.warns(UserWarning, match=r"2 x - 1 makes of \[0, 1\]") as seen:
+        got = load(str(tmp_path / "unit.npy"), scaling="")
+    assert len(seen) == 1
+    assert np.array_equal(got.rows, unit)
+    assert got.scaling == ""
+    # Not of those in [-1, 1], of latents, whole numbers or rows somewhat beyond 1.
+    np.savez(tmp_path / "latents.npz", latents=unit)
+    np.save(tmp_path / "bytes.npy", pixels() // 255)
+    np.save(tmp_path / "signed.npy", 2 * unit - 1)
+    np.save(tmp_path / "beyond.npy", 1.01 * unit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("latents.npz", "bytes.npy", "signed.npy", "beyond.npy"):
+            load(str(tmp_path / name), scaling=PIXELS)
 
 
 def test_points_and_grey_stacks_are_images_too(tmp_path):
@@ -348,6 +371,9 @@ def test_wrong_files_are_one_sentence(tmp_path):
     refused("a folder with", str(tmp_path / "none"))
     (tmp_path / "torn.npz").write_bytes(b"PK no zip")
     refused("damaged", str(tmp_path / "torn.npz"))
+    objects = tmp_path / "objects.npy"
+    np.save(objects, np.array([[{}]], object), allow_pickle=True)
+    refused(r"objects\.npy is damaged or no NumPy file.*[^.]\.$", str(objects))
     (tmp_path / "torn.npy").write_bytes(b"")
     refused("damaged", str(tmp_path / "torn.npy"))
     refused(r"holds \['x'\]", bad(tmp_path, "b.npz", x=x))
@@ -362,6 +388,10 @@ def test_wrong_files_are_one_sentence(tmp_path):
     first = bad(tmp_path, "j.npz", images=x.transpose(0, 3, 1, 2))
     refused(r"\[N, C, H, W\]", first, channels=3)
     refused(r"\[N, C, H, W\]", first)
+    much = np.array([[[[0.0, -1e60]]]])
+    refused("up to 1e\\+15, but they go from -1e\\+60", bad(tmp_path, "l.npz", images=much))
+    wide = (1e25 * x).astype(np.float32)
+    refused(r"up to 1e\+15", bad(tmp_path, "m.npz", images=wide))
     refused("type bool", bad(tmp_path, "k.npz", images=x > 3))
     refused(r"data\.scaling", "", scaling="x/255")
     refused(r"data\.resolution", "", resolution=16)

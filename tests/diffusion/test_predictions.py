@@ -31,10 +31,10 @@ def test_conversions_invert_each_other_for_any_target():
     b = -jnp.asarray(rng.uniform(0.2, 2, 64), jnp.float32)
     x0 = pr.x0_of(predicted, x_t, alpha, sigma, a, b)
     eps = pr.eps_of(predicted, x_t, alpha, sigma, a, b)
-    np.testing.assert_allclose(a * x0 + b * eps, predicted, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(alpha * x0 + sigma * eps, x_t, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(a * x0 + b * eps, predicted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(alpha * x0 + sigma * eps, x_t, rtol=1e-5, atol=1e-5)
     again = pr.target_of(x0, x_t, alpha, sigma, a, b)
-    np.testing.assert_allclose(again, predicted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(again, predicted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "target"), PAIRS)
@@ -95,12 +95,76 @@ def test_published_factors():
         np.testing.assert_allclose(of("F", edm, t), (t**2 + 0.25) / (0.5 * t) ** 2)
 
 
+def test_the_unit_target_is_of_the_deviation_of_the_data():
+    """F = (x_0 - c_skip x) / c_out has unit variance for data of that deviation."""
+    with jax.enable_x64(True):
+        t, edm = jnp.asarray([0.1, 0.5, 0.9]), process("edm")
+        a, b = pr.coefficients("F", edm, t, 1.5)
+        np.testing.assert_allclose(1.5**2 * a**2 + b**2, 1, rtol=1e-12)
+        want = (t**2 + 1.5**2) / (1.5 * t) ** 2
+        np.testing.assert_allclose(pr.loss_factor("F", edm, t, 1.5), want, rtol=1e-12)
+        converted = pr.convert_loss(jnp.ones(3), edm, t, "x0", "F", 1.5)
+        np.testing.assert_allclose(converted, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["iddpm", "ddpm"])
+def test_a_velocity_of_discrete_time_is_refused_before_anything_is_trained(name):
+    with pytest.raises(UserError, match=f"process.name is '{name}'.*continuous"):
+        preconditioning(process(name), "velocity")
+
+
 def test_a_time_that_says_nothing_is_named():
     fm = process("fm_linear")
     with pytest.raises(UserError, match="t = 0 "):
         pr.coefficients("score", fm, jnp.asarray([0.5, 0.0]))
     with pytest.raises(UserError, match="target"):
         pr.coefficients("mu", fm, jnp.asarray([0.5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "t"),
+    [("fm_linear", 1.5), ("fm_linear", -0.5), ("gvp", 1.2), ("vp", -0.005), ("edm", -1.0)],
+)
+def test_times_that_a_process_does_not_have_are_named(name, t):
+    with pytest.raises(UserError, match=f"At t = {t:g} alpha and sigma of the process {name}"):
+        pr.coefficients("eps", process(name), jnp.asarray([0.5, t]))
+    with pytest.raises(UserError, match="At t = nan "):
+        pr.coefficients("eps", process(name), jnp.asarray([jnp.nan]))
+
+
+def test_the_end_of_a_path_has_its_velocity():
+    """Of gvp, alpha is 0 up to rounding there, of either sign."""
+    one = jnp.asarray([1.0])
+    for name, want in (("fm_linear", (-1.0, 1.0)), ("gvp", (-np.pi / 2, 0.0))):
+        found = pr.coefficients("velocity", process(name), one)
+        np.testing.assert_allclose(np.ravel(found), want, atol=1e-6)
+
+
+def test_losses_convert_in_single_precision():
+    rng = np.random.default_rng(3)
+    x0, eps, noise = (jnp.asarray(rng.normal(size=256), jnp.float32) for _ in range(3))
+    uniform = lambda: jnp.asarray(rng.uniform(0.2, 2, 256), jnp.float32)
+    alpha, sigma, a, b = uniform(), uniform(), uniform(), -uniform()
+    noise = jnp.sign(noise) + noise  # Far from 0, or the difference is rounding alone.
+    predicted = a * x0 + b * eps + noise
+    x0_hat = pr.x0_of(predicted, alpha * x0 + sigma * eps, alpha, sigma, a, b)
+    error = pr.kappa(alpha, sigma, a, b) * (x0_hat - x0) ** 2
+    np.testing.assert_allclose(error, noise**2, rtol=1e-4)
+
+
+def test_losses_do_not_convert_where_there_is_no_noise():
+    fm, t = process("fm_linear"), jnp.asarray([0.5, 0.0])
+    with pytest.raises(UserError, match="At t = 0 the error of the target velocity"):
+        pr.loss_factor("velocity", fm, t)
+    with pytest.raises(UserError, match="At t = 0 "):
+        pr.convert_loss(jnp.ones(2), fm, t, "v", "velocity")
+    # At the other end only the data are lost: v = -x_0 there, and no loss of eps tells of it.
+    one = jnp.asarray([1.0])
+    np.testing.assert_allclose(pr.convert_loss(one, fm, one, "x0", "velocity"), 1)
+    with pytest.raises(UserError, match="At t = 1 the target eps does not determine x_0"):
+        pr.convert_loss(one, fm, one, "eps", "x0")
+    # Values are not known while functions are traced, so nothing is refused.
+    assert np.isinf(jax.jit(lambda t: pr.loss_factor("velocity", fm, t))(t)[1])
 
 
 S = np.array([0.002, 0.1, 0.5, 1.0, 3.0, 80.0])

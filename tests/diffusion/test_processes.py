@@ -1,5 +1,7 @@
 """Processes: table of section 1.1 against formulas written anew in NumPy float64."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,31 @@ def test_float32_is_good_from_end_to_end(name):
     assert np.isfinite(single).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("ve", 0.02, 100.0),
+        ("edm", 0.02, 100.0),
+        ("vp", np.sqrt(np.expm1(9.95e-10 + 1e-6)), np.sqrt(np.expm1(10.05))),
+        ("fm_linear", 1e-5 / 0.99999, 99_999.0),
+        ("gvp", np.tan(np.pi / 2 * 1e-5), 1 / np.tan(np.pi / 2 * 1e-5)),
+    ],
+)
+def test_levels_go_from_end_to_end_as_documented(name, first, last):
+    with jax.enable_x64(True):
+        p = process(name)
+        found = ratio(p, jnp.asarray([p.first, p.last]))
+        np.testing.assert_allclose(found, [first, last], rtol=1e-9)
+
+
+def test_beta_min_may_be_zero():
+    with jax.enable_x64(True):
+        p, t = process("vp", beta_min=0.0), jnp.asarray([0.1, 1.0])
+        s = ratio(p, t)
+        np.testing.assert_allclose(s, np.sqrt(np.expm1(9.95 * np.array([0.01, 1.0]))))
+        np.testing.assert_allclose(p.time(s), t)
+
+
 def test_vp_has_the_published_schedule():
     p = process("vp")
     assert float(ratio(p, jnp.float32(1.0))) == pytest.approx(
@@ -97,10 +124,41 @@ def test_rates_are_derivatives(name):
             )
 
 
-def test_ends_are_clipped_to_finite_ratios():
-    p = process("fm_linear")
-    assert np.isfinite(float(ratio(p, jnp.float32(1.0))))
-    assert float(ratio(process("vp"), jnp.float32(0.0))) > 0
+@pytest.mark.parametrize(
+    ("name", "t", "said", "want"),
+    [
+        ("fm_linear", [0.5, 1.0, 1.0], "fm_linear of 3 were clipped: 2 to 0.99999", 99_999),
+        ("fm_linear", [0.0, 1.0], "of 2 were clipped: 1 to 1e-05 and 1 to 0.99999", 99_999),
+        ("vp", [0.0], "vp of 1 were clipped: 1 to 1e-05", np.sqrt(np.expm1(1.00995e-6))),
+        ("ve", [1.5], "ve of 1 were clipped: 1 to 1", 100.0),
+        ("ddpm", [1000.0], "1 to 999", None),
+    ],
+)
+def test_times_beyond_the_ends_are_taken_as_the_ends_and_it_is_said(name, t, said, want):
+    p = process(name)
+    with pytest.warns(UserWarning, match="clipped") as seen:
+        found = np.asarray(ratio(p, jnp.asarray(t, jnp.float32)))
+    assert len(seen) == 1
+    assert said in str(seen[0].message)
+    if want is not None:
+        np.testing.assert_allclose(found[-1], want, rtol=5e-3)
+    assert np.isfinite(found).all()
+    assert (found > 0).all()
+
+
+def test_nothing_is_said_of_times_within_nor_under_jit():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in NAMES:
+            p = process(name)
+            for kind in (jnp.float32, jnp.float16):
+                ratio(p, jnp.asarray([p.first, p.last], kind))
+        p = process("fm_linear")
+        beyond = jnp.asarray([-1.0, 2.0])
+        found = jax.jit(lambda t: ratio(p, t))(beyond)
+        mapped = jax.vmap(lambda t: ratio(p, t))(beyond)
+    for each in (found, mapped):
+        np.testing.assert_allclose(each, [1e-5, 99_999], rtol=5e-3)
 
 
 @pytest.mark.parametrize(

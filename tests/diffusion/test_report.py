@@ -12,7 +12,7 @@ from scipy import stats
 
 from common import config as configs
 from common.experiment import Run
-from diffusion import curve, figures, findings, known_curves, report, scaling_runs
+from diffusion import curve, figures, findings, known_curves, report, scaling_runs, totals
 from diffusion.dataset import dataset
 from diffusion.diagnosis import Diagnosis
 from diffusion.estimators import OptimalLoss
@@ -242,6 +242,82 @@ def test_sigma_star_information_and_the_record(made):
     assert record["seeds"] == [0, 1, 2]
 
 
+def test_totals_are_in_the_text_and_the_summary(made):
+    """Against quadrature of the mean curve on its own levels."""
+    said = made[0].summary["optimal_loss"]["floor"]
+    assert made[0].summary["totals"] == said["totals"]
+    value = np.mean([rising(SIGMAS, 1 + 0.02 * k) for k in range(3)], 0) * VARIANCE / DIM
+    x, s = np.log(SIGMAS), SIGMAS
+    density = np.exp(-0.5 * (x + 1.2) ** 2 / 1.44) / 1.2 / np.sqrt(2 * np.pi)
+    weight = density * (s**2 + 0.25) / (0.5 * s) ** 2
+    found = said["totals"]["edm"]
+    assert found["value"] == pytest.approx(np.trapezoid(weight * value, x), rel=1e-2)
+    assert found["lower"] == pytest.approx(0.7 * found["value"], rel=1e-2)
+    error = 0.01 * found["value"] / np.sqrt(3)
+    assert found["error"] == pytest.approx(error, rel=2e-2)
+    row = next(line for line in made[0].text.splitlines() if line.startswith("| edm | N("))
+    assert findings.digits(found["value"], found["error"]) in row
+    assert len(said["totals"]) == 7
+
+
+def floor_of(data, **changes):
+    config = settings(experiment="diffusion.estimate", data=data)
+    row = {"step": 4, "split": "eval", **curve_row(**changes)}
+    return Run("floor-seed0", config, [row], TIMING, lambda: None)
+
+
+def test_repeated_rows_are_said(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), np.uint8)
+    rows[[5, 9]] = rows[2]
+    np.savez(tmp_path / "data.npz", images=rows)
+    run = floor_of(dict(path=str(tmp_path / "data.npz")))
+    made = report.report({run.name: run}, tmp_path / "figures")
+    assert made.summary["optimal_loss"]["floor"]["duplicates"] == 2
+    assert "12 rows (2 equal an earlier one) of 64 coordinates" in made.text
+    none = estimation()
+    made = report.report({none.name: none}, tmp_path / "figures")
+    assert made.summary["optimal_loss"]["floor"]["duplicates"] == 0
+    assert "equal an earlier" not in made.text
+
+
+def test_the_linear_bound_is_drawn_and_said(tmp_path, monkeypatch):
+    rows = np.asarray(dataset(**settings().data, seed=0).rows, float).reshape(1797, -1)
+    lam = np.linalg.eigvalsh(np.cov(rows.T, bias=True))
+    bound = np.array([np.sum(lam * s**2 / (lam + s**2)) for s in SIGMAS])
+    drawn = []
+    draw = figures.optimal_loss
+
+    def keep(curves, path, bounds):
+        drawn.append(bounds)
+        return draw(curves, path, bounds)
+
+    monkeypatch.setattr(figures, "optimal_loss", keep)
+    below = floor_of({})
+    below.rows[0].update(value=(0.999 * bound).tolist(), stderr=(0.01 * bound).tolist())
+    text = report.report({below.name: below}, tmp_path)
+    assert "J* stays below the linear bound" in text.text
+    assert "thin: linear bound" in text.text
+    said = text.summary["optimal_loss"]["floor"]["linear"]
+    assert said["within"] is True
+    assert said["errors"] == pytest.approx(-0.1, abs=1e-3)
+    np.testing.assert_allclose(drawn[0]["floor"], bound, rtol=1e-6)
+
+    value = bound.copy()
+    value[[4, 9]] *= 1.05
+    below.rows[0].update(value=value.tolist(), upper=value.tolist(), lower=value.tolist())
+    text = report.report({below.name: below}, tmp_path)
+    assert "by more than 2 standard errors at 2 of 33 levels, at most +5.0" in text.text
+
+    # With classes J* is far below: the bound says nothing. Wide rows would take long.
+    for run in (floor_of(dict(class_cond=True)), floor_of({})):
+        if not run.config.data.class_cond:
+            run.rows[0]["dim"] = 5000
+        text = report.report({run.name: run}, tmp_path)
+        assert "linear" not in text.summary["optimal_loss"]["floor"]
+        assert "linear bound" not in text.text
+        assert drawn[-1] == {}
+
+
 def test_errors_of_levels_that_share_draws_add_up():
     row = curve_row(error=0.02)
     found = OptimalLoss(**{n: np.asarray(row[n], float) for n in OptimalLoss._fields})
@@ -443,6 +519,20 @@ def test_scaling_along_training_and_paired_floors():
     assert total.optimum_err == pytest.approx(each / np.sqrt(8))
 
 
+def test_gaps_within_their_own_error_are_dropped():
+    """Each evaluation brings its own error, of the total and of its bands."""
+    groups = findings.grouped(ladder(steps=(2, 4)))[1]
+    rows = [row for s in groups.values() for r in s.values() for row in r.rows]
+    error = np.zeros(len(SIGMAS))
+    for row in rows[:3]:
+        row["edm_gap_err"] = 0.6 * row["edm_gap"]
+        row["gap_err"] = (20 * np.array(row["gap"])).tolist()
+    for row in rows:
+        row["floor_err"] = error.tolist()
+    found, _ = scaling_runs.analyses(groups, draws=0, band_draws=0)
+    assert {(r.below, r.within) for r in found.values()} == {(0, 3)}
+
+
 def test_scaling_needs_five_widths(tmp_path):
     made = report.report(ladder(odd=True), tmp_path)
     assert "A fit needs 5 variants" in made.text
@@ -473,7 +563,12 @@ def test_page_of_a_curve(tmp_path, bracket):
     rows = (tmp_path / "optimal_loss.csv").read_text().splitlines()
     assert len(rows) == 1 + len(SIGMAS)
     table = [line for line in text.splitlines() if line.startswith("| ")][1:]
-    assert 8 <= len(table) <= 13
+    assert 8 <= len(table) - 8 <= 13  # Below it, the head and seven rows of totals.
+    want = totals.totals(found, 0.5)["vp"]
+    assert f"| {findings.digits(want['value'], want['error'])} |" in text
+    other = figures.curve_page(found, {}, 0.01, tmp_path, sigma_data=1.0)
+    want = totals.totals(found, 1.0)["edm"]
+    assert f"σ_data 1 | {findings.digits(want['value'], want['error'])} |" in other
     with Image.open(tmp_path / "optimal_loss.png") as image:
         image.verify()
 
@@ -486,6 +581,19 @@ def test_page_of_a_diagnosis(tmp_path):
     assert len((tmp_path / "diagnosis.csv").read_text().splitlines()) == 1 + len(SIGMAS)
     with Image.open(tmp_path / "diagnosis.png") as image:
         image.verify()
+
+
+def test_the_weight_of_a_diagnosis_is_that_of_its_data(tmp_path):
+    row = loss_row(0.4, tilt=0.5)
+    found = Diagnosis(**{n: np.asarray(row[n], float) for n in Diagnosis._fields})
+    half, one = (
+        figures.diagnosis_page(found, "a", tmp_path, **k) for k in ({}, dict(sigma_data=1.0))
+    )
+    assert half != one
+    for text, sd in ((half, 0.5), (one, 1.0)):
+        shares = [f"| {100 * row[3]:.1f} % |" for row in figures.octaves(found, sd)]
+        lines = [line for line in text.splitlines() if " – " in line]
+        assert all(line.endswith(share) for line, share in zip(lines, shares, strict=True))
 
 
 def test_octaves_of_a_flat_gap_have_equal_shares():

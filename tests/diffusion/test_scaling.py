@@ -274,6 +274,31 @@ def test_dropped_measurements_are_counted():
         analyse(single(F, np.where(F < 1.7, 1, 0.1)), 0.15, rng=np.random.default_rng(0))
 
 
+def test_measurements_within_their_own_errors_are_dropped():
+    """Two standard errors of J* and of the measurement together, whatever the order of F."""
+    loss = TRUE.copy()
+    loss[[3, 4, 5]] = 0.15 + np.array([0.0999, 0.1001, 0.001])
+    own = np.full(24, 1e-6)
+    own[[3, 4]] = 0.04  # With 0.03 of J*: 0.05 together.
+    given = dict(rng=np.random.default_rng(0), draws=0)
+    runs, errors = single(F, loss), {str(i): e for i, e in enumerate(own)}
+    report = analyse(runs, 0.15, 0.03, errors=errors, **given)
+    assert (report.below, report.within) == (0, 2 + np.sum(loss[6:] - 0.15 <= 0.06))
+    assert {"3", "5"}.isdisjoint(report.envelope.run)
+    assert "4" in report.envelope.run
+    # Errors keep to their measurements where F is not given in order.
+    turned = slice(None, None, -1)
+    whole = analyse(
+        {"a": (F[turned], loss[turned])}, 0.15, 0.03, errors={"a": own[turned]}, **given
+    )
+    assert whole.within == report.within
+    # No error is as none given.
+    one, two = (
+        analyse(runs, 0.15, 0.03, errors=e, **given) for e in (None, dict.fromkeys(runs, 0.0))
+    )
+    assert (one.within, one.corrected.alpha) == (two.within, two.corrected.alpha)
+
+
 def test_one_run_has_no_intervals():
     report = analyse({"only": (F, TRUE)}, 0.15, rng=np.random.default_rng(0))
     assert report.draws == 0
@@ -317,6 +342,10 @@ def broken(i, value, which=1):
         (dict(optimum_err=-1.0), r"scaling\.optimum_err is -1"),
         (dict(points=4), r"scaling\.points is 4"),
         (dict(draws=-1), r"scaling\.draws is -1"),
+        (dict(errors={}), r"scaling\.errors\.size 0 is \(1,\), .* shape \(12,\)"),
+        (dict(errors={n: [1.0] for n in curves()}), r"scaling\.errors\.size 0 is \(1,\)"),
+        (dict(errors={n: [0.1, -1.0] * 6 for n in curves()}), r"size 0\[1\] is -1\.0"),
+        (dict(errors={n: [np.nan] * 12 for n in curves()}), r"size 0\[0\] is nan"),
     ],
 )
 def test_bad_input_is_named(change, words):

@@ -124,6 +124,10 @@ def test_weights_are_those_of_the_table(kind):
     assert chosen.update((), jnp.float32(s), jnp.float32(s)) == ()
 
 
+def test_of_all_kinds_edm2_alone_learns_the_log_of_its_loss():
+    assert [kind for kind in schedules.KINDS if made(kind).learned] == ["edm2"]
+
+
 def test_a_process_trains_with_its_own_constants():
     mine = process("vp", beta_d=5.0)
     own = made("vp", of=mine)

@@ -133,6 +133,18 @@ def test_classes_have_lower_floors(floor):
     assert told.value[i] < whole.value[j]
 
 
+def test_the_variance_within_classes_of_bytes_is_in_the_units_of_training(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (24, 2, 2, 3), np.uint8)
+    labels = np.arange(24) % 3
+    np.savez(tmp_path / "some.npz", images=pixels, labels=labels)
+    given = dict(data=dict(class_cond=True, path=str(tmp_path / "some.npz")), **EXACT)
+    _, state, *_ = trained(6, **given)
+    y = (pixels.astype(np.float64) / 127.5 - 1).reshape(24, -1)
+    want = sum(y[labels == k].var(0).sum() for k in range(3)) / 3
+    assert state.variance == pytest.approx(want, rel=1e-5)
+
+
 def test_classes_are_told_in_variance_and_information(floor):
     c, state, _, found = trained(6, True, data=dict(class_cond=True), **EXACT)
     images = dataset(**c.data, seed=c.data_seed)

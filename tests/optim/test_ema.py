@@ -160,6 +160,20 @@ def test_inner_products_of_profiles_are_their_integrals():
     np.testing.assert_allclose(found, want / want.sum(), atol=1e-5)
 
 
+def test_the_mismatch_of_a_profile_is_its_distance_on_a_fine_grid():
+    times, gammas = np.array([40.0, 70.0, 100.0]), np.array([3.0, 12.0, 6.0])
+    tau = (np.arange(200_000) + 0.5) / 2000
+    profile = lambda t, g: np.where(tau < t, (g + 1) * tau**g / t ** (g + 1), 0.0)
+    rows = np.stack([profile(t, g) for t, g in zip(times, gammas, strict=True)], axis=1)
+    want = profile(90.0, 9.0)
+    for factors in (ema.weights(times, gammas, 90.0, 9.0), np.array([0.0, 0.5, 0.5])):
+        found = ema.mismatch(factors, times, gammas, 90.0, 9.0)
+        off = np.linalg.norm(rows @ factors - want) / np.linalg.norm(want)
+        assert found == pytest.approx(off, rel=1e-3)
+    one = np.array([0.0, 0.0, 1.0])
+    assert ema.mismatch(one, times, gammas, 100.0, 6.0) < 1e-7
+
+
 def test_long_runs_and_narrow_profiles_do_not_overflow():
     times = np.linspace(1e8, 2e9, 40)
     found = ema.weights(times, np.full(40, 400.0), 2e9, 100.0)
