@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> int:
         config = configs.load(flags.config)
         for field, text in flags.overrides:
             configs.override(config, field, text)
+        configs.check_heard(config, flags.overrides)
         runtime.start(config.x64)
         from common import runner  # Loads JAX.
 

@@ -99,6 +99,22 @@ def apply(config: ConfigDict, changes: Any, prefix: str = "") -> None:
             override(config, field, value if isinstance(value, str) else repr(value))
 
 
+def check_heard(config: ConfigDict, overrides: tuple[tuple[str, str], ...]) -> None:
+    """Refuses a flag that changes nothing, as every variant of `runs` sets the field itself.
+
+    Raises:
+      UserError: there is such a flag.
+    """
+    variants = [flat(changes.to_dict()) for changes in config.runs.values()]
+    for field, _ in overrides:
+        if variants and all(field in changes for changes in variants):
+            name = next(iter(config.runs))
+            raise UserError(
+                f"config.{field} has no effect, as every run sets it: set "
+                f"config.runs.{name}.{field}, and so on for each."
+            )
+
+
 def read(path: Path) -> dict:
     """The fields in a workdir's `config.json`.
 

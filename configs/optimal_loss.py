@@ -193,7 +193,8 @@ def get_config(size: str = "small"):
     best_x0 = dict(space="x0", cap=0.1, bump=0.0)
     kinds = ("edm", "edm2", "vp", "ve", "iddpm", "fm_uniform", "fm_logit_normal")
     schedules = {kind: dict(schedule=dict(kind=kind)) for kind in kinds}
-    # The same weight with more noise: what a mere shift of the density does.
+    schedules["edm2"]["schedule"] |= dict(p_mean=-0.4, p_std=1.0)  # That of latents.
+    # The same density with EDM's weight: what a mere shift to more noise does.
     schedules["edm_shifted"] = dict(schedule=dict(kind="edm", p_mean=-0.4, p_std=1.0))
     # Constants of the schedule, tried on one seed.
     tried = dict(
@@ -254,6 +255,7 @@ def get_config(size: str = "small"):
         model=imagenet64["model"] | dict(sigma_data=1.0),
         schedule=dict(kind="edm2", p_mean=-0.4 + 0.6931, p_std=1.0),
         sampler=dict(sigma_min=0.004, sigma_max=160.0),
+        eval=published["eval"] | dict(sigma_min=0.004, sigma_max=160.0),
         steps=1_048_576,
         optim=imagenet64["optim"] | dict(decay_from=70_000),
     )
@@ -352,7 +354,8 @@ def get_config(size: str = "small"):
             eval=dict(draws=500, samples=500),
             runs=dict(floor=floor | dict(steps=8, save_every=2), **formulations),
         ),
-        estimate=dict(n_seeds=1, runs=dict(floor=floor)),
+        estimate=dict(n_seeds=1, runs=dict(floor=dict(experiment=floor["experiment"])))
+        | {n: floor[n] for n in ("steps", "log_every", "save_every")},
         cifar10_edm=cifar10_edm,
         cifar10_fm=cifar10_edm | dict(
             process=dict(name="fm_linear"),

@@ -223,11 +223,13 @@ def total(
 
 
 def bands(found: Diagnosis, count: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean gap over equal bands of log s: middles s [count], gap [count], error [count]."""
+    """Mean gap over equal bands of log s: middles s [count], gap [count], error [count].
+
+    Levels share their draws, so the error of a mean is taken to be the mean of the errors,
+    which it cannot exceed.
+    """
     x = np.log(found.sigmas)
     edges = np.linspace(x[0], x[-1], count + 1)
     which = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, count - 1)
     mean = lambda v: np.array([v[which == b].mean() for b in range(count)])
-    error = np.sqrt([(found.gap_err[which == b] ** 2).sum() for b in range(count)])
-    number = np.bincount(which, minlength=count)
-    return np.exp(0.5 * (edges[1:] + edges[:-1])), mean(found.gap), error / number
+    return np.exp(0.5 * (edges[1:] + edges[:-1])), mean(found.gap), mean(found.gap_err)

@@ -179,6 +179,9 @@ def _plan(config, count: int, dim: int) -> Plan:
     if e.name == "corrected":
         # Added levels do not have the blocks before they were chosen.
         least, most = BATCHES + (e.pilot if e.more else 0), config.steps - BATCHES
+        if least > most:
+            allowed = f"from {least + BATCHES} up for estimator.name corrected"
+            raise reject("steps", config.steps, allowed)
         if not least <= few <= most:
             allowed = f"from {least} (with the pilot) to {most}, {BATCHES} less than steps"
             raise reject("estimator.exact_blocks", few, allowed)

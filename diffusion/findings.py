@@ -84,14 +84,27 @@ def bracketed(found: OptimalLoss) -> bool:
 def sigma_star(found: OptimalLoss, tau: float) -> tuple[float, float]:
     """The end of the levels with J* <= tau V, and by how much one error of J* moves it.
 
-    The second is NaN where the errors are.
+    Where levels about it are far apart, half their distance counts as an error, too. The
+    second is NaN where errors of J* are, and where it is an end of the levels.
     """
+    star, levels = curve.sigma_star(curve.smooth(found), tau), np.sort(found.sigmas)
+    if not _inside(levels, star):
+        return star, float("nan")
     if np.isnan(found.stderr).any():
-        return curve.sigma_star(curve.smooth(found), tau), float("nan")
+        return star, float("nan")
     at = lambda shift: curve.sigma_star(
         curve.smooth(found._replace(value=found.value + shift * found.stderr)), tau
     )
-    return at(0), abs(at(-1) - at(1)) / 2
+    i = np.searchsorted(levels, star)
+    low, high = levels[i - 1 : i + 1]
+    off = (high - low) / 2 if high > known_curves.NEAR * low else 0.0
+    return star, float(np.hypot(abs(at(-1) - at(1)) / 2, off))
+
+
+def _inside(sigmas: np.ndarray, star: Any) -> bool:
+    """Whether all of `star` are between the levels, and no end of them but for rounding."""
+    low, high = sigmas.min() * (1 + 1e-6), sigmas.max() * (1 - 1e-6)
+    return bool(np.all((low < star) & (star < high)))
 
 
 def information(found: OptimalLoss) -> tuple[float, float]:
@@ -130,6 +143,7 @@ def floor(seeds: dict[int, Run]) -> tuple[OptimalLoss, dict]:
     nats = np.array([row["information"] for row in rows])
     told = entropy(images, config.data.class_cond)
     nats_error = standard_error(nats) or information(found)[1]
+    star_error = sigma_star(found, config.estimator.tau)[1]
     summary = {
         "seeds": len(rows),
         "data": images.name,
@@ -141,7 +155,8 @@ def floor(seeds: dict[int, Run]) -> tuple[OptimalLoss, dict]:
         "draws": int(found.num_draws),
         "tau": float(config.estimator.tau),
         "sigma_star": float(stars.mean()),
-        "sigma_star_error": standard_error(stars) or sigma_star(found, config.estimator.tau)[1],
+        "sigma_star_error": standard_error(stars) or star_error,
+        "sigma_star_inside": _inside(found.sigmas, stars),
         "sigma_star_low": float(stars.min()),
         "sigma_star_high": float(stars.max()),
         "variance": float(found.variance / found.dim),
@@ -152,8 +167,9 @@ def floor(seeds: dict[int, Run]) -> tuple[OptimalLoss, dict]:
     }
     plain_rows = not config.data.class_cond and not config.data.flip
     other = known_curves.known(images) if plain_rows else None
-    if other:
-        summary["known"] = known_curves.compared(found, other)
+    beside = known_curves.compared(found, other) if other else []
+    if other and beside:
+        summary["known"] = beside
         summary["known_source"] = other.source
     return found, summary
 

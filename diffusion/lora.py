@@ -9,7 +9,6 @@ saved and averaged while the network's parameters stay as they are:
     loss(lora.merge(params, adapter, scale), batch), differentiated by the adapter
 """
 
-import math
 import re
 from numbers import Integral
 from typing import Any
@@ -25,7 +24,7 @@ Params = Any
 
 
 def init(key: jax.Array, params: Params, rank: int, pattern: str = "") -> Params:
-    """A fresh adapter, which changes nothing: A is normal(0, 1 / in), B zero.
+    """A fresh adapter, which changes nothing: A is normal with deviation 1 / rank, B zero.
 
     Args:
       key: of A.
@@ -94,5 +93,5 @@ def _fits(path: tuple[str, ...], leaf: Any) -> bool:
 
 def _fresh(key: jax.Array, leaf: Any, rank: int) -> dict[str, jax.Array]:
     *rest, rows, columns = leaf.shape
-    a = jax.random.normal(key, (*rest, rows, rank), leaf.dtype) / math.sqrt(rows)
+    a = jax.random.normal(key, (*rest, rows, rank), leaf.dtype) / rank
     return {"a": a, "b": jnp.zeros((*rest, rank, columns), leaf.dtype)}

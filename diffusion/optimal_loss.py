@@ -105,9 +105,11 @@ def make(config) -> Experiment:
         mean = ema.update(state.averages, params["net"], averages)
         good = opt.last_finite
         seen = made.update(state.schedule, s, error, _like_the_floor(cond, told) & good)
-        # A step that was left out repeats the figures before it; too many end the run.
+        # A step that was left out repeats the figures before it. Too many in a row are shown
+        # from then on, so that the loop ends the run when it looks.
         found = jnp.stack([value, jnp.mean(error), optax.tree.norm(grads)])
-        shown = jnp.where(good | (opt.notfinite_count >= PATIENCE), found, state.shown)
+        show = good | (opt.notfinite_count >= PATIENCE)
+        shown = jnp.where(show & jnp.isfinite(state.shown).all(), found, state.shown)
         values = {
             "loss": shown[0],
             "x0_error": shown[1],
@@ -178,8 +180,16 @@ def _adopt(config, source, fresh: State, donor: Any) -> State:
         if wanted:
             allowed = "an estimation run, such as floor-seed0, for schedule.kind optimal_loss"
             raise reject("init_from", config.init_from, allowed)
-        mean = fresh.averages._replace(trees=donor.averages.trees)
-        return fresh._replace(params=donor.params, averages=mean)
+        # The average is the better network, and what is averaged from here on starts there.
+        net = donor.averages.trees[0]
+        described = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+        if described(net) != described(fresh.averages.trees[0]):
+            allowed = "a run of the same network as config.model describes"
+            raise reject("init_from", config.init_from, allowed)
+        trees = tuple(jax.tree.map(jnp.array, net) for _ in fresh.averages.trees)
+        return fresh._replace(
+            params=fresh.params | {"net": net}, averages=fresh.averages._replace(trees=trees)
+        )
     if not wanted:
         return fresh
     if not np.array_equal(donor.source, source):

@@ -113,7 +113,15 @@ def _floors(floors: Groups, folder: Path) -> Section:
     figures.write_curves(each, folder / "optimal_loss.csv")
     drawn = [figures.optimal_loss(curves, folder / "optimal_loss.png", bounds)]
     first = next(iter(curves.values()))[1]
-    names = ("sigma_star", "information", "information_ratio", "entropy", "variance", "totals")
+    names = (
+        "sigma_star",
+        "sigma_star_inside",
+        "information",
+        "information_ratio",
+        "entropy",
+        "variance",
+        "totals",
+    )
     top = {n: first[n] for n in (*names, "sigma_star_error", "information_error")}
     return parts, drawn, top | {"optimal_loss": {n: said for n, (_, said) in curves.items()}}
 
@@ -138,19 +146,36 @@ def _floor_words(name: str, said: dict) -> str:
     if said["seeds"] > 1:
         low, high = (f"{said[f'sigma_star_{end}']:.4g}" for end in ("low", "high"))
         spread = f" ({low} to {high} over {said['seeds']} seeds)"
-    ratio = said["information_ratio"]
+    star = f"sigma_star {_star(said)}{spread}, the largest s with J* ≤ {said['tau']:g} V"
+    if not said["sigma_star_inside"]:
+        star += ", is not between the levels: change estimator.sigma_min or sigma_max"
+    ratio, off = said["information_ratio"], abs(said["information"] - said["entropy"])
+    known = np.nan_to_num(said["information_error"])
+    warning = ""
+    if off > 3 * known + 0.03 * max(said["entropy"], 0.1):
+        warning = (
+            " It is not: the levels do not cover where J* rises, lie too far apart, or the "
+            "estimator is biased."
+        )
     share = "" if ratio is None else f", {100 * ratio:.1f} %"
     same = f" ({said['duplicates']:,} equal an earlier one)" if said["duplicates"] else ""
     linear = f" {totals.linear_words(said['linear'])}" if "linear" in said else ""
     return (
         f"{name}: {said['rows']:,} rows{same} of {said['dim']} coordinates of {said['data']}, "
-        f"estimator {said['estimator']}, {said['draws']:,} draws. sigma_star "
-        f"{digits(said['sigma_star'], said['sigma_star_error'])}{spread}, the largest s with "
-        f"J* ≤ {said['tau']:g} V; variance {said['variance']:.6g} per coordinate. Information "
+        f"estimator {said['estimator']}, {said['draws']:,} draws. {star}; variance "
+        f"{said['variance']:.6g} per coordinate. Information "
         f"{digits(said['information'], said['information_error'])} of "
         f"{said['entropy']:.4f} nats{share}: the integral of J* s⁻³, which must be the entropy "
-        f"of a row, ln N where no two are equal.{linear}"
+        f"of a row, ln N where no two are equal.{warning}{linear}"
     )
+
+
+def _star(said: dict) -> str:
+    """sigma_star with its error, or on which side of the levels it lies."""
+    value = said["sigma_star"]
+    if said["sigma_star_inside"]:
+        return digits(value, said["sigma_star_error"])
+    return "none" if not said["variance"] else f"at the end of the levels, {value:.4g}"
 
 
 def _known(said: dict) -> list[str]:
@@ -345,8 +370,7 @@ def _machine(runs: dict[str, Run]) -> str:
 def _result(summary: dict) -> str:
     parts = []
     if "sigma_star" in summary:
-        value = digits(summary["sigma_star"], summary["sigma_star_error"])
-        parts.append(f"sigma_star {value}")
+        parts.append(f"sigma_star {_star(summary)}")
     if "best" in summary:
         best, count = summary["best"], len(summary["groups"])
         name = f"best of {count}: {best}" if count > 1 else best

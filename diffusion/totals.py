@@ -157,9 +157,10 @@ def beside_linear(
     error = np.nan_to_num(found.stderr, nan=0.0)
     over = found.value - bound
     above = over > TOLERANCE * error + ROUNDING * bound
-    known = np.isfinite(found.stderr).all()
     errors = over / (error + ROUNDING * bound + np.finfo(float).tiny)
     at = int(np.argmax(errors))
+    # Where all draws agree there is nothing but rounding to count in.
+    known = np.isfinite(found.stderr).all() and error[at] > ROUNDING * bound[at]
     return bound, {
         "within": not bool(above.any()),
         "above": int(above.sum()),

@@ -8,6 +8,7 @@ import optax
 from common.errors import reject
 
 PATIENCE = 20  # Steps in a row whose gradients are not finite.
+FOREVER = 2**31 - 2
 
 
 def denoising(
@@ -59,7 +60,8 @@ def denoising(
         decay,
         optax.scale_by_learning_rate(schedule(rate, learning_rate, steps, warmup, decay_from)),
     )
-    return optax.apply_if_finite(inner, PATIENCE)
+    # Never applied, however many there are: whoever trains counts to PATIENCE and stops.
+    return optax.apply_if_finite(inner, FOREVER)
 
 
 def schedule(rate: str, peak: float, steps: int, warmup: int, decay_from: int) -> Callable:

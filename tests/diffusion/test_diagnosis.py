@@ -112,4 +112,15 @@ def test_totals_and_bands():
     cut = np.sqrt(0.2 * 40)
     low = np.array(LEVELS) < cut
     assert gap[0] == pytest.approx(found.gap[low].mean())
-    assert error[1] == pytest.approx(np.sqrt((found.gap_err[~low] ** 2).sum()) / (~low).sum())
+    assert error[1] == pytest.approx(found.gap_err[~low].mean())
+
+
+def test_errors_of_bands_hold_what_levels_with_common_draws_do():
+    """All levels share one error: a mean over them is off by as much, not by less."""
+    s = np.geomspace(0.01, 10, 16)
+    one, zero = np.ones(16), np.zeros(16)
+    fields = dict.fromkeys(dg.Diagnosis._fields, zero)
+    fields |= dict(sigmas=s, gap=one, gap_err=np.repeat([0.1, 0.3], 8), draws=np.array(9))
+    _, gap, error = dg.bands(dg.Diagnosis(**fields), 2)
+    np.testing.assert_allclose(gap, [1, 1])
+    np.testing.assert_allclose(error, [0.1, 0.3])
