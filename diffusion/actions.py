@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from common import mesh as meshes
-from common.errors import Unfit, UserError
+from common.errors import Unfit, UserError, reject
 from common.experiment import Run
 from diffusion import (
     averages,
@@ -34,17 +34,34 @@ from diffusion import (
     study,
     users_models,
 )
-from diffusion.dataset import dataset, placed
+from diffusion.dataset import dataset, fingerprint, placed
 
 
 def curve_again(result: Callable, config, run: Run, folder: Path) -> str:
-    """`evaluate` of an estimation run: its curve as a table, figure, .npz and .csv."""
+    """`evaluate` of an estimation run: its curve as a table, figure, .npz and .csv.
+
+    Raises:
+      UserError: the data are others than the run's.
+    """
     if run.input:
         raise Unfit(f"--input={run.input} is for training runs, not for an optimal loss.")
-    found = result(run.state())
+    state = run.state()
+    _same_data(config, state)
+    found = result(state)
     record = dict(data=config.data.to_dict(), estimator=config.estimator.to_dict())
     tau, sigma_data = config.estimator.tau, config.model.sigma_data
     return figures.curve_page(found, record, tau, folder, sigma_data)
+
+
+def _same_data(config, state) -> None:
+    """Refuses to call a curve that of other data than those of `config.data`."""
+    data = dataset(**config.data, seed=config.data_seed)
+    today = fingerprint(data, config.data.class_cond)
+    if not np.array_equal(np.asarray(state.source), today):
+        raise UserError(
+            f"config.data.path {config.data.path!r}, with the rest of config.data, means other "
+            "data than those that this run is of: estimate their curve in a new workdir."
+        )
 
 
 def evaluate(config, data, parts, run: Run, folder: Path) -> str:
@@ -81,6 +98,7 @@ def diagnose_users(config, run: Run, folder: Path) -> str:
     Raises:
       UserError: there is no such function, it fails, or its loss is below the optimum.
     """
+    evaluation.check_levels(config)
     conditional = config.data.class_cond
     data = dataset(**config.data, seed=config.data_seed)
     shape = tuple(int(n) for n in data.rows.shape[1:])
@@ -111,10 +129,24 @@ def diagnose_users(config, run: Run, folder: Path) -> str:
 
 
 def study_subsets(result: Callable, config, run: Run, folder: Path) -> str:
-    """Subset estimators on the data of an estimation run, about its sigma_star."""
-    found = result(run.state())
-    star = curve.sigma_star(curve.smooth(found), config.estimator.tau)
+    """Subset estimators on the data of an estimation run, about its sigma_star.
+
+    Raises:
+      UserError: the data are others than the run's, or classes, or one row.
+    """
+    evaluation.check_levels(config)
+    if config.data.class_cond:
+        allowed = "False in the run and now, as subsets are of the rows of all classes"
+        raise reject("data.class_cond", True, allowed)
     data = dataset(**config.data, seed=config.data_seed)
+    if len(data.rows) < 2:
+        raise UserError(
+            f"config.data.path {config.data.path!r} has one row, of which there are no subsets "
+            "to study."
+        )
+    state = run.state()
+    _same_data(config, state)
+    star = curve.sigma_star(curve.smooth(result(state)), config.estimator.tau)
     mesh = meshes.make(**config.mesh)
     rows = placed(data, mesh, config.estimator.tile, False)
     count = len(data.rows)
@@ -139,16 +171,19 @@ def size(result: Callable, config, run: Run, folder: Path) -> str:
     10^15 if not said. Candidates are those of `sizing.estimate_to`.
 
     Raises:
-      UserError: the input is no such numbers, or the work does not last for the trials.
+      UserError: the input is no such numbers, the work does not last for the trials, or the
+        data are others than the run's.
     """
     accuracy, budget = _accuracy(run.input)
     data, e = dataset(**config.data, seed=config.data_seed), config.estimator
+    state = run.state()
+    _same_data(config, state)
     mesh = meshes.make(**config.mesh)
     scaled = data.rows.dtype == np.uint8 and data.scaling == "x/127.5-1"
     try:
         found = sizing.estimate_to(
             data.rows,
-            result(run.state()).sigmas,
+            result(state).sigmas,
             jax.random.key(config.seed),
             accuracy=accuracy,
             budget=budget,

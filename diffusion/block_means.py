@@ -26,8 +26,9 @@ class OptimalLoss(NamedTuple):
       ess: mean number of rows that share a posterior.
       p_self: mean weight of the source.
       variance: [], of the data, the limit V of large s; within classes, where they are told.
-      num_draws: [], of the outer mean.
+      num_draws: [], of the outer mean; of "corrected", those with exact sums.
       dim: [], coordinates D of a row; value / dim is per coordinate.
+      cheap_draws: [], of "corrected", those in addition that saw subsets alone.
     """
 
     sigmas: np.ndarray
@@ -42,6 +43,7 @@ class OptimalLoss(NamedTuple):
     variance: np.ndarray
     num_draws: np.ndarray
     dim: np.ndarray
+    cheap_draws: np.ndarray = np.array(0)
 
 
 def curve_of(
@@ -73,6 +75,8 @@ def curve_of(
         base = _form(cheap.corrected.mean, plan.form, square)
         truth = _form(exact.mean, plan.form, square)
         value, main = _controlled(truth, base[: plan.few], base[plan.few :]), exact
+    corrected = cheap is not None and plan.estimator == "corrected"
+    cheaper = len(cheap.corrected.mean.ess) - plan.few if corrected else 0
     return OptimalLoss(
         sigmas=np.asarray(sigmas, np.float64),
         value=value[0],
@@ -86,6 +90,7 @@ def curve_of(
         variance=np.array(variance),
         num_draws=np.array(len(main.mean.ess) * plan.block),
         dim=np.array(plan.dim),
+        cheap_draws=np.array(max(cheaper, 0) * plan.block),
     )
 
 

@@ -1,6 +1,8 @@
 """Samples as `config.sampler` says: grid, method, guidance, classes."""
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ def grid(config, process: Process) -> np.ndarray:
     Args:
       config: config.sampler. Its grid: "edm", Karras's with `rho`; "log_uniform"; "times",
         equal steps of the process's time, interpolated in log alpha where it is discrete;
-        "flow", equal steps of t = s / (1 + s) with a time shift.
+        "flow", equal steps of t = s / (1 + s) with a time shift. All have n + 1 levels.
       process: of the model.
 
     Raises:
@@ -44,7 +46,10 @@ def grid(config, process: Process) -> np.ndarray:
 def _times(process: Process, n: int) -> np.ndarray:
     of = lambda t: np.asarray(ratio(process, jax.numpy.asarray(t, "float32")), np.float64)
     if process.steps:
-        return interpolated(of(np.arange(process.steps)), n)
+        if n < 2:
+            raise reject("sampler.n", n, "a whole number from 2 up")
+        # The reference stops at the lowest level and leaves its noise in the samples.
+        return np.append(interpolated(of(np.arange(process.steps)), n - 1), 0.0)
     return grids.uniform(of, n, process.first, process.last)
 
 
@@ -103,15 +108,23 @@ def classes(labels: np.ndarray, count: int, label: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(chosen).astype(np.int32)
 
 
-def _guided(config, parts: Parts):
+def _guided(config, parts: Parts) -> Callable:
     s = config.sampler
     if s.guidance == 1:
         return parts.of_condition
     interval = (s.guide_low, s.guide_high) if s.guide_high else None
+    return _led(parts.of_condition, s.guidance, interval, s.rescale)
+
+
+@lru_cache(maxsize=4)
+def _led(
+    of_condition: Callable, weight: float, interval: tuple[float, float] | None, rescale: float
+) -> Callable:
+    """The same function for the same arguments: the sampler is compiled for a function."""
 
     def of(params, condition):
-        plain = lambda some: parts.of_condition(params, some)
-        return classifier_free(plain, condition, s.guidance, interval, s.rescale)
+        plain = lambda some: of_condition(params, some)
+        return classifier_free(plain, condition, weight, interval, rescale)
 
     return of
 
@@ -128,6 +141,10 @@ def check(config, data: Images, parts: Parts) -> None:
     samplers.planned(grid(s, parts.process), s.method, start=s.start, **options(s))
     if not 0 <= s.guidance < np.inf:
         raise reject("sampler.guidance", s.guidance, "a finite number from 0 up, 1 for none")
+    if s.guidance == 1:
+        for name in ("guide_low", "guide_high", "rescale"):
+            if s[name] != 0:
+                raise reject(f"sampler.{name}", s[name], "0.0 with sampler.guidance 1")
     if not 0 <= s.rescale <= 1:
         raise reject("sampler.rescale", s.rescale, "a share from 0 to 1")
     if s.guide_high and not 0 <= s.guide_low < s.guide_high:

@@ -4,6 +4,9 @@ Draw m comes from row `index[m]` with noise of the key folded with m, so its num
 depend on the size of blocks or the number of devices. Rows of `Rows` placed on a mesh are
 summed where they are, and partial sums merged; of subsets, which are small, every device has
 all rows and takes its share of the draws.
+
+Sums are [S, B, D], which for large images is too much at once: there levels go through in
+groups (`in_groups`), each of which takes the two products that levels share anew.
 """
 
 import math
@@ -34,6 +37,7 @@ from diffusion.posterior import (
 from diffusion.rows import ABSENT, Rows, fetch
 
 SUBSETS = 0x5B5E7  # Tag of a stream.
+HELD = 2**30  # Bytes of an array [S, B, D] on a device; a program holds a few such at most.
 GATHERED = 2**24  # Numbers of neighbours that are in work at a time, of all devices.
 SPLIT = Rows(P("data"), P("data"), P("data"), P("data"), P(), P(), P(), P())
 
@@ -162,10 +166,14 @@ def exact(
         some = queries(part, key, whole_rows(data, part.index))
         if label is not None:
             some = some._replace(label=label)
-        sums = accumulate(nothing(len(sigmas), some), data, some, sigmas, precision)
-        if meshes.current() > 1:
-            sums = merged_over(sums, "data")
-        return finish(sums, some, data.mean)
+
+        def posteriors(sigmas):
+            sums = accumulate(nothing(len(sigmas), some), data, some, sigmas, precision)
+            if meshes.current() > 1:
+                sums = merged_over(sums, "data")
+            return finish(sums, some, data.mean)
+
+        return in_groups(posteriors, sigmas, some.x0)
 
     return over_rows(local, (SPLIT, P(), P(), P(), P()), P())(data, part, key, sigmas, label)
 
@@ -201,18 +209,22 @@ def by_subset(
         some = queries(mine, key, _share(gather(part.index)))
         few = _as_rows(gather(part.subset), part.subset, data.mean)
         held = jnp.any(part.subset == mine.index[:, None], -1)
-        plain = accumulate(nothing(len(sigmas), some), few, some, sigmas, precision)
-        if rule == "knn":
-            near = neighbours[part.index]
-            sums = _stratified(data, few, some, near, sigmas, precision)
-            corrected = finish(sums, some, data.mean)
-        else:
-            log_c = _log_c(rule, constant, _others(few, some), few, data.count, held)
-            corrected = finish(plain, some, data.mean, -log_c)
-        lower = finish(plain, some, data.mean)
-        chance = jnp.where(held, 0.0, -jnp.inf)
-        upper = finish(plain, some, data.mean, chance)
-        return Subset(corrected, lower, upper)
+
+        def posteriors(sigmas):
+            plain = accumulate(nothing(len(sigmas), some), few, some, sigmas, precision)
+            if rule == "knn":
+                near = neighbours[part.index]
+                sums = _stratified(data, few, some, near, sigmas, precision)
+                corrected = finish(sums, some, data.mean)
+            else:
+                log_c = _log_c(rule, constant, _others(few, some), few, data.count, held)
+                corrected = finish(plain, some, data.mean, -log_c)
+            lower = finish(plain, some, data.mean)
+            chance = jnp.where(held, 0.0, -jnp.inf)
+            upper = finish(plain, some, data.mean, chance)
+            return Subset(corrected, lower, upper)
+
+        return in_groups(posteriors, sigmas, some.x0)
 
     specs = (SPLIT, P(), P(), P(), P())
     return over_rows(local, specs, P(None, "data"))(data, part, key, sigmas, neighbours)
@@ -303,6 +315,37 @@ def over_rows(local: Callable, in_specs: tuple, out_specs) -> Callable:
     return jax.shard_map(
         local, in_specs=in_specs, out_specs=out_specs, axis_names={"data"}, check_vma=False
     )
+
+
+def in_groups(of_levels: Callable, sigmas: Float[Array, " s"], x0: Float[Array, "b d"]):
+    """A function of noise levels, some of them at a time where sums of all would not fit.
+
+    Args:
+      of_levels: levels [G] -> pytree of arrays [G, ...]; traced once.
+      sigmas: noise levels, [S].
+      x0: rows of the draws, as large as the sums of one level.
+
+    Returns:
+      what `of_levels` has of all levels, [S, ...].
+    """
+    levels = len(sigmas)
+    size = group_size(levels, *x0.shape, x0.dtype)
+    if size == levels:
+        return of_levels(sigmas)
+    found = jax.lax.map(of_levels, groups(sigmas, size))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:levels], found)
+
+
+def group_size(levels: int, batch: int, dim: int, dtype) -> int:
+    """Levels of which an array [G, batch, dim] fits into `HELD`: all, or groups as even as they
+    can be, of one level at least."""
+    fits = max(1, HELD // (batch * dim * jnp.dtype(dtype).itemsize))
+    return -(-levels // -(-levels // fits))
+
+
+def groups(sigmas: Float[Array, " s"], size: int) -> Float[Array, "n g"]:
+    """Levels in groups of one size, the last filled up with its last one."""
+    return jnp.pad(sigmas, (0, -len(sigmas) % size), mode="edge").reshape(-1, size)
 
 
 def whole_rows(data: Rows, index: Int[Array, " b"]) -> Float[Array, "b d"]:

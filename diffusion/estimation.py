@@ -74,6 +74,6 @@ def result(estimator: str, form: str, fold: int, state: State) -> OptimalLoss:
         )
     joined = lambda name: np.concatenate([getattr(p, name) for p in parts])
     order = np.argsort(joined("sigmas"), kind="stable")
-    whole = ("variance", "num_draws", "dim")
+    whole = ("variance", "num_draws", "dim", "cheap_draws")
     named = {n: joined(n)[order] for n in OptimalLoss._fields if n not in whole}
     return parts[0]._replace(**named)

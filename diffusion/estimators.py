@@ -28,7 +28,7 @@ from tqdm import tqdm
 from common.errors import UserError, reject
 from diffusion import draws
 from diffusion.block_means import OptimalLoss, curve_of
-from diffusion.plans import BATCHES, block_of, block_size, measured, plan_of, whole
+from diffusion.plans import BATCHES, SUBSET, block_of, block_size, measured, plan_of, whole
 from diffusion.preconditioning import check_sigmas
 from diffusion.rows import Rows, check_labels, rows
 from diffusion.stratification import nearest_neighbours
@@ -75,7 +75,8 @@ def estimate_optimal_loss(
       neighbours: K of knn; of corrected, 0 means cdol and K > 0 knn. 0 with knn: L / 2.
       exact_draws: of corrected, 16 blocks at least; 0: an eighth of num_draws.
       labels: [N]; given, every class is a data set of its own and the result is their mean.
-        Of a class of one row nothing is lost; a warning says so.
+        Classes of no more than L rows have exact sums; of one row nothing is lost, and a
+        warning says so.
       scale, offset: of whole numbers.
       antithetic: pairs of draws with noise of either sign.
       mesh: rows are split over its axis "data".
@@ -180,9 +181,7 @@ def _by_class(data, labels, sigmas, key, seed, place, num_draws, options):
         options["antithetic"],
     )
     least = 2 * block if options["estimator"] == "exact" else BATCHES * block
-    if options["estimator"] != "exact" and not options["subset_size"]:
-        size = min([2048, *counts[~alone].tolist()])
-        options = options | dict(subset_size=size)
+    subset = 0 if options["estimator"] == "exact" else options["subset_size"] or SUBSET
     place["tile"] = min(place["tile"], int(counts.max()))
     tiles = -(-int(counts.max()) // place["tile"])
     parts = []
@@ -194,6 +193,9 @@ def _by_class(data, labels, sigmas, key, seed, place, num_draws, options):
         own = jax.random.fold_in(key, int(c) + 1)
         given = options | dict(block=block, num_draws=max(share(n, num_draws), least))
         given["exact_draws"] = max(share(n, few), least)
+        # A subset of all rows is all rows.
+        whole_class = dict(estimator="exact", subset_size=0, neighbours=0)
+        given |= whole_class if n <= subset else dict(subset_size=subset)
         parts.append(of_rows(found, sigmas, own, seed + int(c), **given))
     weight = (counts / counts.sum())[:, None]
     each = lambda name: np.stack([getattr(p, name) for p in parts])
@@ -203,7 +205,7 @@ def _by_class(data, labels, sigmas, key, seed, place, num_draws, options):
         **{n: mean(n) for n in ("value", "lower", "upper", "ess", "p_self")},
         **{n: error(n) for n in ("stderr", "lower_err", "upper_err")},
         variance=np.sum(weight[:, 0] * each("variance")),
-        num_draws=np.sum(each("num_draws")),
+        **{n: np.sum(each(n)) for n in ("num_draws", "cheap_draws")},
     )
 
 

@@ -80,6 +80,17 @@ def diagnose(config, data, parts: Parts, params, key, draws: int) -> diagnosis.D
 
 def check(config, data: images.Images, parts: Parts) -> None:
     """Refuses settings of evaluation and sampling that cannot be, before training starts."""
+    check_levels(config)
+    drawing.check(config, data, parts)
+    judging.check(config, data)
+
+
+def check_levels(config) -> None:
+    """Refuses draws and noise levels of a diagnosis that cannot be.
+
+    Raises:
+      UserError: names the field of `config.eval`.
+    """
     e = config.eval
     if e.draws < 2:
         raise reject("eval.draws", e.draws, "a whole number from 2 up")
@@ -91,5 +102,3 @@ def check(config, data: images.Images, parts: Parts) -> None:
         raise reject("eval.sigma_max", e.sigma_max, f"a finite number above {e.sigma_min}")
     if e.block < 1:
         raise reject("eval.block", e.block, "a whole number from 1 up")
-    drawing.check(config, data, parts)
-    judging.check(config, data)

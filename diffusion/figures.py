@@ -23,6 +23,7 @@ Drawn = tuple[str, str]
 Curves = dict[str, tuple[OptimalLoss, dict]]
 
 LEVELS = 12  # Rows of a table of J*.
+FEW = 30  # Draws below which an error bar says little.
 SIGMA_DATA = 0.5  # Of the EDM weight, where there is no config to say.
 
 
@@ -302,15 +303,24 @@ def curve_table(found: OptimalLoss) -> str:
     dim, bounds = float(found.dim), findings.bracketed(found)
     head = ["s", "J* / D", "J* / V", *(["lower", "upper"] if bounds else []), "rows shared"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    doubted = False
     for i in np.unique(nearest):
         share = found.value[i] / found.variance if found.variance else 0.0
         cells = [f"{found.sigmas[i]:.4g}", digits(found.value[i] / dim, found.stderr[i] / dim)]
         cells.append(f"{share:.3g}")
+        rare = found.stderr[i] > found.value[i] / np.sqrt(FEW) > 0
+        cells[1] += " †" if rare else ""
+        doubted |= bool(rare)
         if bounds:
             for n in ("lower", "upper"):
                 value, error = getattr(found, n)[i], getattr(found, f"{n}_err")[i]
                 cells.append(digits(value / dim, error / dim))
         lines.append(f"| {' | '.join([*cells, f'{found.ess[i]:.4g}'])} |")
+    if doubted:
+        lines.append(
+            f"\n† Fewer than about {FEW} draws carry this value: it is more likely too low "
+            "than too high, and its error too small. More draws, or seeds, tell."
+        )
     return "\n".join(lines)
 
 

@@ -52,7 +52,8 @@ def last(run: Run) -> dict:
 
 def curve_of(row: dict) -> OptimalLoss:
     """The curve of an evaluation of an estimation run, sums over coordinates."""
-    return OptimalLoss(**{n: np.asarray(row[n], float) for n in OptimalLoss._fields})
+    fields = {n: row[n] for n in OptimalLoss._fields if n in row}
+    return OptimalLoss(**{n: np.asarray(v, float) for n, v in fields.items()})
 
 
 def diagnosis_of(row: dict) -> Diagnosis:
@@ -73,6 +74,7 @@ def pooled(losses: list[OptimalLoss]) -> OptimalLoss:
         variance=np.mean([each.variance for each in losses]),
         num_draws=np.sum([each.num_draws for each in losses]),
         dim=losses[0].dim,
+        cheap_draws=np.sum([each.cheap_draws for each in losses]),
     )
 
 
@@ -153,6 +155,7 @@ def floor(seeds: dict[int, Run]) -> tuple[OptimalLoss, dict]:
         "dim": int(found.dim),
         "estimator": config.estimator.name,
         "draws": int(found.num_draws),
+        "cheap_draws": int(found.cheap_draws),
         "tau": float(config.estimator.tau),
         "sigma_star": float(stars.mean()),
         "sigma_star_error": standard_error(stars) or star_error,

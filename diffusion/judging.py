@@ -1,7 +1,7 @@
 """Samples against the data: distances of features, precision and recall, copies of rows."""
 
+import warnings
 from functools import lru_cache
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +18,8 @@ def judged(config, data: images.Images, made: np.ndarray) -> dict:
     """Frechet distance in the configured features, precision and recall, copies of rows.
 
     "local" are the features of a small classifier trained on these data: distances in them
-    compare runs on these data and nothing else. They are not an FID.
+    compare runs on these data and nothing else. They are not an FID. Inception weights
+    without their last layer have no Inception score, and a warning says so.
     """
     known, real, rows, accuracy = _reference(
         *_where(config),
@@ -35,7 +36,7 @@ def judged(config, data: images.Images, made: np.ndarray) -> dict:
     near = neighbours.nearest(made, data.rows)
     copies = neighbours.memorisation(near, _among_rows(*_where(config)))
     scores = {}
-    if known.name == "inception" and known.logits(known.params, found[:1]) is not None:
+    if known.name == "inception" and known.logits is not None:
         score = quality.inception_score(np.asarray(known.logits(known.params, found)))
         scores = {"inception_score": score.mean, "inception_score_std": score.std}
     return scores | {
@@ -63,12 +64,31 @@ def _reference(where: tuple, seed: int, local: tuple, name: str, weights: str) -
         key = jax.random.key(seed)
         known, accuracy = features.local_features(data.rows, data.labels, key, **dict(local))
     else:
-        from diffusion import dinov2, inception
-
-        made = {"inception": inception.inception, "dinov2": dinov2.dinov2}[name]
-        known = made(weights)
+        known = _published(name, weights)
     rows = features.extract(known, data.rows)
     return known, quality.statistics(rows), rows, accuracy
+
+
+def _published(name: str, weights: str) -> features.Features:
+    """A network with the user's weights.
+
+    Raises:
+      UserError: the file is not that of such a network.
+    """
+    from diffusion import dinov2, inception
+
+    known = {"inception": inception.inception, "dinov2": dinov2.dinov2}[name](weights)
+    if name == "inception" and known.logits is None:
+        said = f"{weights} lacks fc.weight, so there is no Inception score"
+        warnings.warn(f"config.eval.weights: {said}.", stacklevel=2)
+    return known
+
+
+@lru_cache(maxsize=4)
+def _scored(name: str, weights: str) -> bool:
+    """Whether it has an Inception score. The weights are read, but not kept in training."""
+    known = _published(name, weights)
+    return name == "inception" and known.logits is not None
 
 
 def _where(config) -> tuple:
@@ -102,11 +122,19 @@ def check(config, data: images.Images) -> None:
     if least <= e.neighbours:
         raise reject("eval.samples", e.samples, f"0, or more than {e.neighbours} neighbours")
     if e.features == "local":
+        if len(data.rows) < 3:
+            raise reject("eval.features", "local", "inception or dinov2 for fewer than 3 rows")
         if data.labels is None or len(np.unique(data.labels)) < 2:
             allowed = "inception or dinov2 without labels of two classes, or eval.samples 0"
             raise reject("eval.features", "local", allowed)
         for name, value in e.local.items():
             if value < 1:
                 raise reject(f"eval.local.{name}", value, "a whole number from 1 up")
-    elif not Path(e.weights).is_file():
-        raise reject("eval.weights", e.weights, f"a file with the weights of {e.features}")
+        return
+    channels = data.rows.shape[-1]
+    if channels not in (1, 3):
+        allowed = f"local for data of {channels} channels, neither 1 nor 3"
+        raise reject("eval.features", e.features, allowed)
+    if _scored(e.features, e.weights) and e.samples < quality.SPLITS:
+        allowed = f"0, or at least the {quality.SPLITS} splits of the Inception score"
+        raise reject("eval.samples", e.samples, allowed)

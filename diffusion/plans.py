@@ -14,6 +14,7 @@ ESTIMATORS = ("exact", "dol", "cdol", "snis", "knn", "corrected")
 FORMS = ("trcov", "residual", "paired", "unpaired")
 RULES = ("paper", "tapered", "ht")
 BATCHES = 16  # Blocks at least, so that their spread can be told.
+SUBSET = 2048  # Rows L of a subset where nothing else is said.
 
 
 class Plan(NamedTuple):
@@ -79,7 +80,7 @@ def plan_of(
     rule, constant = _rule(estimator, c_rule, neighbours)
     size = k = 0
     if estimator != "exact":
-        size = subset_size or min(2048, count)
+        size = subset_size or min(SUBSET, count)
         k = (neighbours or max(1, size // 2 - 1)) if rule == "knn" else 0
         _check_subset(estimator, size, k, count)
     corrected = estimator == "corrected"

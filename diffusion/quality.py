@@ -20,6 +20,8 @@ from jaxtyping import Float
 
 from common.errors import UserError, reject
 
+SPLITS = 10  # Of the Inception score.
+
 
 class Statistics(NamedTuple):
     """Sums over rows, to be merged.
@@ -181,18 +183,19 @@ def kernel_distance(
     return Score(float(np.mean(values)), float(np.std(values)))
 
 
-def inception_score(logits: Float[np.ndarray, "n k"], splits: int = 10) -> Score:
+def inception_score(logits: Float[np.ndarray, "n k"], splits: int = SPLITS) -> Score:
     """exp(E KL(p(y | x), p(y))) per split (Salimans et al., arXiv:1606.03498).
 
     Args:
       logits: of a classifier, `Features.logits`.
-      splits: of the rows in their order.
+      splits: of the rows in their order, 1 at least.
 
     Raises:
       UserError: fewer rows than splits.
     """
-    if not 1 <= splits <= len(logits):
-        raise reject("eval.splits", splits, f"from 1 to the {len(logits)} rows")
+    if len(logits) < splits:
+        allowed = f"at least the {splits} splits of the Inception score"
+        raise reject("eval.samples", len(logits), allowed)
     x = np.asarray(logits, np.float64)
     x = x - x.max(axis=1, keepdims=True)
     log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))

@@ -160,9 +160,12 @@ def _floor_words(name: str, said: dict) -> str:
     share = "" if ratio is None else f", {100 * ratio:.1f} %"
     same = f" ({said['duplicates']:,} equal an earlier one)" if said["duplicates"] else ""
     linear = f" {totals.linear_words(said['linear'])}" if "linear" in said else ""
+    draws = f"{said['draws']:,} draws"
+    if said["cheap_draws"]:
+        draws += f" with exact sums and {said['cheap_draws']:,} with subsets"
     return (
         f"{name}: {said['rows']:,} rows{same} of {said['dim']} coordinates of {said['data']}, "
-        f"estimator {said['estimator']}, {said['draws']:,} draws. {star}; variance "
+        f"estimator {said['estimator']}, {draws}. {star}; variance "
         f"{said['variance']:.6g} per coordinate. Information "
         f"{digits(said['information'], said['information_error'])} of "
         f"{said['entropy']:.4f} nats{share}: the integral of J* s⁻³, which must be the entropy "
@@ -358,7 +361,8 @@ def _machine(runs: dict[str, Run]) -> str:
             continue
         rate, row = t["steps_per_second"], findings.last(run)
         trained = c.experiment != findings.ESTIMATION
-        each = c.batch_size if trained else row["num_draws"] / row["step"]
+        drawn = 0 if trained else row["num_draws"] + row.get("cheap_draws", 0)
+        each = c.batch_size if trained else drawn / row["step"]
         used = f"{rate * row['flops'] / row['step']:.3g}" if row.get("flops") else "–"
         lines.append(
             f"| {name} | {rate:.3g} | {rate * each:,.0f} | {used} "

@@ -22,6 +22,7 @@ tracked in bins of log s; see `optimal`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -165,5 +166,11 @@ def density(
     x = np.log(sigmas)
     middle = 0.5 * (x[1:] + x[:-1])
     edges = np.concatenate([[2 * x[0] - middle[0]], middle, [2 * x[-1] - middle[-1]]])
-    found = np.log(np.asarray(jax.jit(lambda k: made.sample(k, draws, state))(key), float))
+    found = np.log(np.asarray(_drawn(made, draws, key, state), float))
     return np.histogram(found, edges)[0] / draws / np.diff(edges)
+
+
+@partial(jax.jit, static_argnames=("made", "draws"))
+def _drawn(made: Schedule, draws: int, key: jax.Array, state: Any) -> Float[Array, " draws"]:
+    """Compiled once for all states of a schedule."""
+    return made.sample(key, draws, state)

@@ -216,5 +216,5 @@ def _pooled(found: list[OptimalLoss]) -> OptimalLoss:
     return found[0]._replace(
         **{n: mean(n) for n in ("value", "lower", "upper", "ess", "p_self")},
         **{n: error(n) for n in ("stderr", "lower_err", "upper_err")},
-        num_draws=np.sum(each("num_draws")),
+        **{n: np.sum(each(n)) for n in ("num_draws", "cheap_draws")},
     )

@@ -15,6 +15,8 @@ import numpy as np
 from common import metrics
 from common.plots import panels
 from diffusion import draws
+from diffusion.block_means import wider
+from diffusion.findings import digits
 from diffusion.plans import block_of, plan_of
 from diffusion.rows import Rows
 
@@ -29,6 +31,8 @@ class Study(NamedTuple):
       form: of the estimates.
       exact: [S], mean over the draws.
       value: [K, F, S], likewise; spread: [K, F, S], standard deviation of one draw.
+      error: [K, F, S], standard error of value / exact, between blocks, the draws of which
+        share a subset; NaN of one block.
       draws: [], in all.
     """
 
@@ -39,6 +43,7 @@ class Study(NamedTuple):
     exact: np.ndarray
     value: np.ndarray
     spread: np.ndarray
+    error: np.ndarray
     draws: np.ndarray
 
 
@@ -82,6 +87,8 @@ def study(
                 )
                 found[i][j].append(pick(made.corrected))
     joined = np.array([[np.concatenate(cell, -1) for cell in row] for row in found])
+    blocks = np.array([[[b.mean(-1) for b in cell] for cell in row] for row in found])
+    truth = np.array([b.mean(-1) for b in exact])
     return Study(
         sigmas=np.asarray(sigmas, float),
         sizes=np.asarray(sizes),
@@ -90,8 +97,19 @@ def study(
         exact=np.concatenate(exact, -1).mean(-1),
         value=joined.mean(-1),
         spread=joined.std(-1, ddof=1),
+        error=_error(blocks, truth),
         draws=np.array(joined.shape[-1]),
     )
+
+
+def _error(blocks: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Of the ratio of means: blocks [K, F, n, S] over truth [n, S], of the same draws."""
+    n, mean = len(truth), truth.mean(0)
+    if n < 2:
+        return np.full((*blocks.shape[:2], len(mean)), np.nan)
+    size = np.where(mean > 0, mean, np.inf)
+    left = blocks - blocks.mean(2, keepdims=True) / size * truth
+    return wider(n - 1) * left.std(2, ddof=1) / np.sqrt(n) / size
 
 
 def _plan(count, dim, size, num_draws, form, block):
@@ -114,11 +132,12 @@ def page(found: Study, folder: Path) -> str:
     """A table, and a figure with a panel for each noise level."""
     names = ["DOL", *(f"{f:g} C0" for f in FACTORS), "SNIS"]
     lines = ["| s | L | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
-    rows = ["sigma,subset_size,c,exact,value,spread_per_draw"]
+    rows = ["sigma,subset_size,c,exact,value,spread_per_draw,ratio_error"]
     for k, s in enumerate(found.sigmas):
         for i, size in enumerate(found.sizes):
             ratio = found.value[i, :, k] / max(found.exact[k], 1e-300)
-            lines.append(f"| {s:g} | {size} | " + " | ".join(f"{r:.3g}" for r in ratio) + " |")
+            shown = map(digits, ratio.tolist(), found.error[i, :, k].tolist())
+            lines.append(f"| {s:g} | {size} | " + " | ".join(shown) + " |")
             for j, c in enumerate(found.c[i]):
                 cells = (
                     s,
@@ -127,6 +146,7 @@ def page(found: Study, folder: Path) -> str:
                     found.exact[k],
                     found.value[i, j, k],
                     found.spread[i, j, k],
+                    found.error[i, j, k],
                 )
                 rows.append(",".join(f"{v:.9g}" for v in cells))
     if jax.process_index() == 0:
@@ -134,8 +154,8 @@ def page(found: Study, folder: Path) -> str:
         metrics.write(folder / "study.csv", "\n".join(rows) + "\n")
     return "\n".join(
         [
-            f"Estimate over exact sums, {found.form} form, {int(found.draws)} draws; "
-            "C0 = (N - 1) / (L - 1).",
+            f"Estimate over exact sums of the same {int(found.draws)} draws, {found.form} "
+            "form, with one standard error between blocks; C0 = (N - 1) / (L - 1).",
             "",
             *lines,
             "",

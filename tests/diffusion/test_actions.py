@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from common import config as configs
 from common import mesh as meshes
+from common import runner
 from common.errors import UserError
 from common.experiment import Run
 from diffusion import curve
@@ -47,6 +49,59 @@ def test_the_curve_again(runs, tmp_path):
 def test_study(runs, tmp_path):
     assert "C0" in act(runs, "floor", "study", tmp_path)
     assert (tmp_path / "study.png").exists()
+
+
+def changed(runs, action, folder, given="", **changes):
+    """An action on the estimation run, with other settings than it had."""
+    _, c, state = runs["floor"]
+    c = c.copy_and_resolve_references()
+    configs.apply(c, changes)
+    with jax.set_mesh(meshes.make(**c.mesh)):
+        action = runner.make(c).actions[action]
+        return action(Run("floor-seed0", c, [], {}, state, given), folder)
+
+
+@pytest.mark.parametrize("action", ["diagnose", "study"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("draws", 0),
+        ("draws", 1),
+        ("points", 1),
+        ("sigma_min", 0.0),
+        ("sigma_max", 1e-4),
+        ("block", 0),
+        ("block", -3),
+    ],
+)
+def test_settings_that_cannot_be_are_named(runs, users, tmp_path, action, field, value):
+    with pytest.raises(UserError, match=rf"^config\.eval\.{field} is .*, but must be "):
+        changed(runs, action, tmp_path, f"{users}:linear", eval={field: value})
+
+
+@pytest.mark.parametrize("other", [dict(num_rows=1000), dict(path="{}"), dict(flip=True)])
+@pytest.mark.parametrize(("action", "given"), [("evaluate", ""), ("study", ""), ("size", "1")])
+def test_a_curve_is_not_signed_with_other_data(runs, tmp_path, action, given, other):
+    folder, path = tmp_path / "page", tmp_path / "other.npy"
+    folder.mkdir()
+    np.save(path, np.float32(np.random.default_rng(0).normal(size=(40, 8, 8, 1))))
+    other = {n: str(path) if n == "path" else v for n, v in other.items()}
+    with pytest.raises(UserError, match=r"^config\.data\.path '.*' .* means other data than"):
+        changed(runs, action, folder, given, data=other)
+    assert not list(folder.iterdir())
+    changed(runs, "evaluate", folder, data=dict(cache=""))
+
+
+def test_what_has_no_subsets_is_not_studied(runs, tmp_path):
+    path = tmp_path / "one.npy"
+    np.save(path, np.zeros((1, 8, 8, 1), np.float32))
+    with (
+        pytest.warns(UserWarning, match="one row"),
+        pytest.raises(UserError, match=r"^config\.data\.path '.*' has one row, .* to study\.$"),
+    ):
+        changed(runs, "study", tmp_path, data=dict(path=str(path)))
+    with pytest.raises(UserError, match=r"^config\.data\.class_cond is True, but .* False"):
+        changed(runs, "study", tmp_path, data=dict(class_cond=True))
 
 
 def test_evaluate_and_diagnose(runs, tmp_path):

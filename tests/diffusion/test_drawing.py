@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from diffusion import drawing, grids, judging
+from diffusion import drawing, grids
 from diffusion.dataset import dataset
+from diffusion.images import scaled
 from diffusion.parts import parts_of
-from diffusion.processes import process
+from diffusion.processes import ddpm_levels, process
 from tests.diffusion.test_training import config
 
 
@@ -63,11 +64,64 @@ def test_the_grids():
     vp = drawing.grid(c, process("vp"))
     assert vp[0] == pytest.approx(np.sqrt(np.exp(10.05) - 1), rel=1e-3)
     assert vp[-1] == 0
+    levels = ddpm_levels(500, 1e-4, 0.028)
     ddpm = drawing.grid(c, process("ddpm", steps=500, beta_last=0.028))
     assert len(ddpm) == 10
     assert (np.diff(ddpm) < 0).all()
+    np.testing.assert_allclose(ddpm[[0, -2, -1]], [levels[-1], levels[0], 0], rtol=1e-5)
+    c.n = 500
+    every = drawing.grid(c, process("ddpm", steps=500, beta_last=0.028))
+    np.testing.assert_allclose(every, [*levels[::-1], 0], rtol=1e-5)
+    c.n = 1
+    with pytest.raises(UserError, match=r"sampler\.n is 1, but must be .* from 2 up"):
+        drawing.grid(c, process("iddpm"))
+    c.n = 9
     c.grid, c.shift = "flow", 2.0
     assert drawing.grid(c, process("fm_linear"))[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["ddpm", "iddpm", "vp", "ve"])
+@pytest.mark.parametrize("method", ["ddim", "dpm_3s"])
+def test_equal_steps_of_time_leave_no_noise_in_samples(name, method):
+    """With the exact denoiser every sample becomes a row."""
+    start = "ve" if name == "ve" else "vp"
+    chosen = dict(grid="times", method=method, n=50, batch_size=32, start=start)
+    c, data, parts = ready(process=dict(name=name), sampler=chosen)
+    rows = np.reshape(scaled(data.rows), (len(data.rows), -1))
+
+    def exact(params, condition):
+        del params, condition
+
+        def denoiser(x, s):
+            flat = x.reshape(len(x), 1, -1)
+            logit = -0.5 * jnp.sum((flat - rows) ** 2, -1) / s[:, None] ** 2
+            return (jax.nn.softmax(logit) @ rows).reshape(x.shape)
+
+        return denoiser
+
+    parts = parts._replace(of_condition=exact)
+    made = drawing.samples(c, data, parts, (), jax.random.key(0), 32)
+    away = np.linalg.norm(made.reshape(32, 1, -1) - rows, axis=-1)
+    assert np.mean(away.min(1)) < 1e-3
+
+
+def test_guided_samples_compile_once_for_all_parameters():
+    c, data, parts = ready(
+        data=dict(class_cond=True), label_drop=0.1, sampler=dict(guidance=2.0, rescale=0.3)
+    )
+    traces = []
+
+    def counted(params, condition):
+        traces.append(1)
+        return told(params, condition)
+
+    parts = parts._replace(of_condition=counted)
+    for value in range(3):
+        drawing.samples(c, data, parts, jnp.float32(value), jax.random.key(value), 32)
+    assert len(traces) == 1
+    c.sampler.guidance = 2.5
+    drawing.samples(c, data, parts, jnp.float32(0), jax.random.key(0), 32)
+    assert len(traces) == 2
 
 
 def test_every_method_takes_its_options():
@@ -91,10 +145,13 @@ def test_every_method_takes_its_options():
         (dict(method="edm", s_churn=-1.0), "sampler.s_churn"),
         (dict(guidance=-3.0), "sampler.guidance"),
         (dict(guidance=3.0), "label_drop"),
-        (dict(guide_low=5.0, guide_high=1.0), "sampler.guide_low"),
-        (dict(guide_low=5.0), "sampler.guide_high"),
+        (dict(guide_low=5.0), "sampler.guide_low is 5.0, .* 0.0 with sampler.guidance 1"),
+        (dict(guide_high=5.0), "sampler.guide_high is 5.0, .* with sampler.guidance 1"),
+        (dict(rescale=0.5), "sampler.rescale is 0.5, .* with sampler.guidance 1"),
+        (dict(guidance=2.0, guide_low=5.0, guide_high=1.0), "sampler.guide_low"),
+        (dict(guidance=2.0, guide_low=5.0), "sampler.guide_high"),
+        (dict(guidance=2.0, rescale=2.0), "sampler.rescale"),
         (dict(label=3), "sampler.label"),
-        (dict(rescale=2.0), "sampler.rescale"),
         (dict(batch_size=0), "sampler.batch_size"),
         (dict(count=0), "sampler.count"),
         (dict(start="foo"), "sampler.start"),
@@ -107,53 +164,3 @@ def test_what_cannot_be_is_named_before_training(changes, said):
         c.sampler[name] = value
     with pytest.raises(UserError, match=said):
         drawing.check(c, data, parts)
-
-
-def test_copies_of_rows_are_judged_as_such():
-    """Random rows of a set that is sorted by class: precise, complete, and remembered."""
-    c, data, _ = ready(eval=dict(samples=600))
-    order = np.argsort(data.labels, kind="stable")
-    data = data._replace(rows=data.rows[order], labels=data.labels[order])
-    rng = np.random.default_rng(0)
-    made = np.float32(data.rows[rng.permutation(1797)[:900]])
-    found = judging.judged(c, data, made)
-    assert found["precision"] == 1
-    assert found["recall"] > 0.9
-    assert found["copies"] > 0.9
-    assert found["close"] == 1
-    assert found["nearest"] < 1e-5
-    noise = judging.judged(c, data, rng.normal(size=made.shape).astype(np.float32))
-    assert noise["frechet"] > 20 * found["frechet"]
-    assert noise["copies"] < 0.1
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        (dict(features="fid"), "eval.features"),
-        (dict(neighbours=0), "eval.neighbours"),
-        (dict(samples=2), "eval.samples"),
-        (dict(features="dinov2", weights="/nowhere.npz"), "eval.weights"),
-        (dict(local=dict(steps=0)), "eval.local.steps"),
-    ],
-    ids=str,
-)
-def test_evaluations_that_cannot_be_are_named(changes, said):
-    c, data, _ = ready(eval=dict(samples=64))
-    c.eval.update(changes)
-    with pytest.raises(UserError, match=said):
-        judging.check(c, data)
-
-
-def test_images_are_rounded_to_pixels_as_the_real_ones_are(monkeypatch):
-    c, data, _ = ready(eval=dict(samples=64))
-    data = data._replace(scaling="x/127.5-1")
-    shown, real = [], judging.features.extract
-
-    def extract(known, x, **more):
-        shown.append(x.dtype)
-        return real(known, x, **more)
-
-    monkeypatch.setattr(judging.features, "extract", extract)
-    judging.judged(c, data, np.zeros((64, 8, 8, 1), np.float32))
-    assert shown[-1] == np.uint8

@@ -47,6 +47,35 @@ def estimate(estimator, levels, draws=DRAWS, **given):
     )
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(estimator="exact"),
+        dict(estimator="corrected", neighbours=8, subset_size=64, exact_draws=256),
+    ],
+    ids=lambda given: given["estimator"],
+)
+def test_levels_in_groups_make_the_same_curve(given, devices, monkeypatch):
+    """13 levels in groups of five; blocks of the corrected one have 16 draws, shared where
+    they are the cheap ones."""
+    mesh = meshes.make(data=devices) if devices > 1 else None
+    made = lambda: estimate_optimal_loss(
+        digits(), sorted(TABLE), KEY, num_draws=512, block=64, mesh=mesh, **given
+    )
+    size = 64 if given["estimator"] == "exact" else 16 // devices
+    programs = (draws.exact, draws.by_subset, plans._measured)
+    with jax.enable_x64(True):
+        want = made()
+        monkeypatch.setattr(draws, "HELD", 5 * size * 64 * 8)
+        [program.clear_cache() for program in programs]
+        got = made()
+        [program.clear_cache() for program in programs]
+    for name in ("value", "stderr", "lower", "upper", "ess"):
+        a, b = getattr(got, name), getattr(want, name)
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
 def at(curve, levels):
     """Value and standard error there."""
     where = [int(np.flatnonzero(curve.sigmas == s)[0]) for s in levels]

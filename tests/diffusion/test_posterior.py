@@ -165,6 +165,116 @@ def test_a_pass_needs_little_memory_whatever_the_number_of_rows(stored, levels):
     assert found[0] - sums <= 3 * 4 * block * (tile + dim)
 
 
+def large(dim, batch, levels):
+    """A block of `batch` draws of images of `dim` numbers, as shapes: rows, levels, draws."""
+    array, word = jax.ShapeDtypeStruct, jnp.int32
+    one = array((), jnp.float32)
+    data = Rows(
+        tiles=array((2, 1024, dim), jnp.float32),
+        square=array((2, 1024), jnp.float32),
+        index=array((2, 1024), word),
+        label=array((2, 1024), word),
+        mean=array((dim,), jnp.float32),
+        scale=one,
+        offset=one,
+        count=array((), word),
+    )
+    part = jax.eval_shape(lambda: draws.block(0, batch, 512, seed=0, subset=256))
+    return data, array((levels,), jnp.float32), part
+
+
+@pytest.mark.parametrize(
+    ("rule", "most"), [("exact", 2.5), ("tapered", 2.5), ("snis", 2.5), ("knn", 6.5)]
+)
+def test_many_levels_of_large_images_are_not_held_at_once(rule, most):
+    """256 x 256 x 3 at the defaults: sums of all levels are 12.9 GB."""
+    data, levels, part = large(256 * 256 * 3, 256, 64)
+    if rule == "exact":
+        lowered = draws.exact.lower(data, part, KEY, levels)
+    else:
+        near = jax.ShapeDtypeStruct((2048, 16), jnp.int32) if rule == "knn" else None
+        lowered = draws.by_subset.lower(data, part, KEY, levels, rule, 1.0, near)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < most * 2**30
+
+
+def test_levels_of_small_images_go_together():
+    """CIFAR at the paper's block of 1,024, and what is smaller: not one loop more."""
+    for dim, batch in ((64, 256), (3072, 500), (3072, 1024)):
+        assert draws.group_size(64, batch, dim, "float32") == 64
+        data, levels, part = large(dim, batch, 64)
+        found = jax.make_jaxpr(draws.exact)(data, part, KEY, levels)
+        assert f"f32[64,{batch},{dim}]" in str(found)
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3, 6, 7, 8, 100])
+def test_groups_are_even_and_hold_all_levels(fits, monkeypatch):
+    monkeypatch.setattr(draws, "HELD", fits * 10 * 5 * 4)
+    size = draws.group_size(7, 10, 5, "float32")
+    assert size <= fits
+    assert -(-7 // size) == -(-7 // fits)
+    levels = np.arange(1.0, 8.0, dtype=np.float32)
+    found = np.asarray(draws.groups(jnp.asarray(levels), size))
+    assert found.shape == (-(-7 // size), size)
+    np.testing.assert_array_equal(found.ravel()[:7], levels)
+    np.testing.assert_array_equal(found.ravel()[7:], 7)
+    assert draws.group_size(7, 10, 6000, "float32") == 1
+
+
+@pytest.fixture
+def in_groups(monkeypatch):
+    """Makes programs that hold a few bytes."""
+
+    def limit(size):
+        monkeypatch.setattr(draws, "HELD", size)
+        draws.exact.clear_cache()
+        draws.by_subset.clear_cache()
+
+    yield limit
+    limit(2**30)
+
+
+@pytest.mark.parametrize("fits", [1, 5])
+def test_levels_in_groups_are_those_of_brute_force(fits, in_groups):
+    """Twelve levels, one by one and in groups of four, in float64."""
+    in_groups(fits * 24 * 12 * 8)
+    with jax.enable_x64(True):
+        y, part = small(), draws.block(0, 24, 300, seed=1)
+        eps = noise(KEY, part.number, 12)
+        found = draws.exact(rows(y, tile=64), part, KEY, jnp.asarray(LEVELS))
+        for i, s in enumerate(LEVELS):
+            for form in ("trcov", "residual"):
+                want = brute(y, part.index, eps, s, form)
+                got = getattr(found, form)[i]
+                np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("rule", ["exact", "tapered", "knn"])
+def test_levels_in_groups_are_all_levels(rule, devices, in_groups):
+    """Seven, in groups of three: the last is filled up."""
+    y, part = np.float32(small()), draws.block(0, 24, 300, seed=0, subset=60)
+    levels = jnp.asarray([0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 40.0])
+    mesh = meshes.make(data=devices)
+    with jax.set_mesh(mesh):
+        data = rows(y, tile=16, mesh=mesh if devices > 1 else None)
+        near = jnp.argsort(jnp.sum((y[:, None] - y[None]) ** 2, -1), 1)[:, 1:9]
+        near = near.astype(jnp.int32)
+
+        def found():
+            if rule == "exact":
+                return draws.exact(data, part, KEY, levels)
+            given = near if rule == "knn" else None
+            return draws.by_subset(data, part, KEY, levels, rule, 1.0, given)
+
+        want = jax.device_get(found())
+        # Of subsets each device has a share of the draws.
+        in_groups(3 * 24 * 12 * 4 // (1 if rule == "exact" else devices))
+        got = jax.device_get(found())
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.shape == (7, 24)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+
+
 def test_copies_of_a_row_share_its_weight():
     y = small(40, 6)
     y[7] = y[3]

@@ -111,6 +111,23 @@ def test_density_counts_what_is_drawn():
     assert np.all(np.abs(found - share / width) < 4.5 * error)
 
 
+def test_density_compiles_once_for_all_states_of_a_schedule():
+    chosen, state = ready()
+    traces = []
+
+    def counted(key, n, state):
+        traces.append(n)
+        return chosen.sample(key, n, state)
+
+    sigmas, own = np.geomspace(0.01, 10, 25), chosen._replace(sample=counted)
+    first = schedules.density(own, state, sigmas, jax.random.key(0), 10_000)
+    moved = told(chosen, state, FLOOR + LEVEL, rounds=200)
+    other = schedules.density(own, moved, sigmas, jax.random.key(0), 10_000)
+    schedules.density(own, state, sigmas, jax.random.key(1), 10_000)
+    assert traces == [10_000]
+    assert np.abs(other - first).max() > 0.05
+
+
 @pytest.mark.parametrize("kind", [k for k in schedules.KINDS if k != "optimal_loss"])
 def test_weights_are_those_of_the_table(kind):
     s, chosen = np.geomspace(0.01, 80, 9), made(kind)

@@ -40,6 +40,20 @@ def test_columns_are_the_estimators(found):
     assert (np.abs(same.value - found.value[0, 1]) <= bar).all()
 
 
+def test_errors_are_those_of_other_keys(found):
+    data = rows(np.float32(digits()))
+    again = [
+        study(data, [0.6, 1.5], [128], jax.random.key(i), num_draws=512, block=64, seed=i)
+        for i in range(12)
+    ]
+    ratio = np.stack([(f.value / f.exact)[0] for f in again])
+    stated = np.sqrt(np.mean([f.error[0] ** 2 for f in again], 0))
+    spread = ratio.std(0, ddof=1)  # Of 12: known to a factor of 1.8 either way.
+    assert (spread < 1.8 * stated).all()
+    assert (stated < 2.2 * spread)[:-1].all()  # SNIS has heavy tails.
+    assert found.error[1, 0].max() < 1e-4  # All rows: no error at all.
+
+
 def test_the_page_shows_all(found, tmp_path):
     text = page(found, tmp_path)
     assert text.count("| 0.6 |") == text.count("| 1.5 |") == 2
