@@ -86,7 +86,7 @@ def test_a_curve_is_not_signed_with_other_data(runs, tmp_path, action, given, ot
     folder.mkdir()
     np.save(path, np.float32(np.random.default_rng(0).normal(size=(40, 8, 8, 1))))
     other = {n: str(path) if n == "path" else v for n, v in other.items()}
-    with pytest.raises(UserError, match=r"^config\.data\.path '.*' .* means other data than"):
+    with pytest.raises(UserError, match=r"^config\.data\.path '.*', .* means other data than"):
         changed(runs, action, folder, given, data=other)
     assert not list(folder.iterdir())
     changed(runs, "evaluate", folder, data=dict(cache=""))

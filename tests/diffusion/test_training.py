@@ -132,9 +132,8 @@ def test_added_levels_surround_the_rise(floor):
     ids=lambda e: e["name"],
 )
 def test_estimation_runs_of_subsets(floor, estimator):
-    steps = 40 if estimator["name"] == "corrected" else 10
-    given = dict(experiment="diffusion.estimate", steps=steps, estimator=estimator)
-    c, state, _, found = trained(steps, measure=True, **given)
+    given = dict(experiment="diffusion.estimate", steps=40, estimator=estimator)
+    c, state, _, found = trained(40, measure=True, **given)
     loss = result(c.estimator.name, "trcov", 1, state)
     assert np.isfinite(found["stderr"]).all()
     np.testing.assert_allclose(found["value"], loss.value)
@@ -144,7 +143,7 @@ def test_estimation_runs_of_subsets(floor, estimator):
     # Where J* is 1e-4 few draws carry it, and no error bar tells: 1e-3 of V = 18.8 is allowed.
     near = lambda a, a_err, b, b_err: np.abs(a - b) <= 4 * np.hypot(a_err, b_err) + 1e-3
     # What subsets give on the average, bias included, at every level.
-    value, lower, upper = by_subsets(loss.sigmas, 600, **estimator)
+    value, lower, upper = by_subsets(loss.sigmas, 3000, **estimator)
     assert near(loss.lower, loss.lower_err, *lower).all()
     assert near(loss.upper, loss.upper_err, *upper).all()
     # And what the optimum is: within the bracket, and where it rises much nearer to the value
@@ -185,15 +184,20 @@ def by_subsets(sigmas, draws, *, name, subset_size, neighbours=0, c_rule="", **r
             close = np.isin(np.arange(count), order[:neighbours])
             left = others * ~close
             mended = one + close + left * (count - 1 - neighbours) / left.sum()
-        eps = rng.standard_normal(data.shape[1])
+        noise = rng.standard_normal(data.shape[1])
+        used = np.flatnonzero(mended + drawn)
+        y, far = data[used], away[used]
+        weights = [
+            np.log(w[used], where=w[used] > 0, out=np.full(len(used), -np.inf))
+            for w in (mended, others + one, drawn)
+        ]
         for j, s in enumerate(sigmas):
-            logit = -((x0 + s * eps - data) ** 2).sum(1) / (2 * s**2)
-            for i, weight in enumerate((mended, others + one, drawn)):
-                there = weight > 0
-                p = weight[there] * np.exp(logit[there] - logit[there].max())
+            logit = -((x0 + s * noise - y) ** 2).sum(1) / (2 * s**2)
+            for i, log_weight in enumerate(weights):
+                p = np.exp(logit + log_weight - (logit + log_weight).max())
                 p /= p.sum()
-                residual = ((x0 - p @ data[there]) ** 2).sum()
-                found[i, m, j] = residual if i == 2 else p @ away[there] - residual
+                residual = ((x0 - p @ y) ** 2).sum()
+                found[i, m, j] = residual if i == 2 else p @ far - residual
     return [(f.mean(0), f.std(0) / np.sqrt(draws)) for f in found]
 
 
