@@ -301,12 +301,7 @@ def get_config(size: str = "small"):
     )
     sizes = dict(
         test=dict(
-            n_seeds=1,
-            steps=4,
-            log_every=2,
-            save_every=2,
-            batch_size=16,
-            optim=dict(warmup=1),
+            n_seeds=1, steps=4, log_every=2, save_every=2, batch_size=16, optim=dict(warmup=1),
             model=dict(mlp=dict(width=16)),
             estimator=dict(points=8, more=2, pilot=1, block=64),
             eval=dict(
@@ -360,8 +355,7 @@ def get_config(size: str = "small"):
         cifar10_fm=cifar10_edm | dict(
             process=dict(name="fm_linear"),
             target="velocity",
-            schedule=dict(kind="fm_uniform"),
-            runs=dict(flow=dict()),
+            schedule=dict(kind="fm_uniform"), runs=dict(flow=dict()),
         ),
         imagenet64=imagenet64,
         imagenet64_adm=adm,
