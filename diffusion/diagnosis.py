@@ -239,6 +239,19 @@ def total(
     return {name: mean(getattr(found, name)) / np.trapezoid(p, x) for name in fields}
 
 
+def edm_weight(s: np.ndarray, sigma_data: float) -> np.ndarray:
+    """EDM's weight of |D(x; s) - x_0|^2 (Karras et al. 2022), of the shape of s."""
+    return (s**2 + sigma_data**2) / (s * sigma_data) ** 2
+
+
+def edm_density(s: np.ndarray, sigma_data: float) -> np.ndarray:
+    """EDM's density of log s, N(-1.2, 1.2^2), not normalised.
+
+    It is for data of deviation 0.5; noise for larger data is as much larger.
+    """
+    return np.exp(-0.5 * ((np.log(s * 0.5 / sigma_data) + 1.2) / 1.2) ** 2)
+
+
 def bands(found: Diagnosis, count: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean gap over equal bands of log s: middles s [count], gap [count], error [count].
 

@@ -25,9 +25,8 @@ def evaluate(config, data: images.Images, parts: Parts, state: Any, key: jax.Arr
     draw, noise, start = jax.random.split(key, 3)
     found = diagnose(config, data, parts, params, noise, config.eval.draws)
     sd = config.model.sigma_data
-    # EDM's density is for data of 0.5; noise for larger data is as much larger.
-    edm = lambda s: np.exp(-0.5 * ((np.log(s * 0.5 / sd) + 1.2) / 1.2) ** 2)
-    edm_weight = lambda s: (s**2 + sd**2) / (s * sd) ** 2
+    edm = lambda s: diagnosis.edm_density(s, sd)
+    edm_weight = lambda s: diagnosis.edm_weight(s, sd)
     fields = ("loss", "floor", "gap")
     totals = diagnosis.total(found, edm_weight, edm, fields)
     s = found.sigmas

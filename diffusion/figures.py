@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from common import metrics
-from diffusion import curve, findings, totals
+from diffusion import curve, diagnosis, findings, totals
 from diffusion.diagnosis import Diagnosis
 from diffusion.estimators import OptimalLoss
 from diffusion.findings import Groups, digits
@@ -283,8 +283,8 @@ def octaves(found: Diagnosis, sigma_data: float = SIGMA_DATA) -> list[tuple]:
     for low, high in pairwise(edges):
         x = np.linspace(low, high, 65)
         gap, s = np.interp(x, np.log(found.sigmas), found.gap), np.exp(x)
-        weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
-        density = np.exp(-0.5 * ((x + 1.2) / 1.2) ** 2)
+        weight = diagnosis.edm_weight(s, sigma_data)
+        density = diagnosis.edm_density(s, sigma_data)
         parts = np.trapezoid(gap, x), np.trapezoid(gap * weight * density, x)
         rows.append((np.exp(low), np.exp(high), *parts))
     sums = [sum(row[i] for row in rows) or 1.0 for i in (2, 3)]

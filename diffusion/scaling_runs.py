@@ -142,7 +142,7 @@ def _band(row: dict, b: int) -> tuple[float, float, float, float]:
 def _floor_error(row: dict, groups: Groups) -> float:
     """Of edm_floor. Levels share draws: errors of neighbours add up."""
     sd = next(iter(next(iter(groups.values())).values())).config.model.sigma_data
-    weight = lambda s: (s**2 + sd**2) / (s * sd) ** 2
-    density = lambda s: np.exp(-0.5 * ((np.log(s * 0.5 / sd) + 1.2) / 1.2) ** 2)
+    weight = lambda s: diagnosis.edm_weight(s, sd)
+    density = lambda s: diagnosis.edm_density(s, sd)
     found = findings.diagnosis_of(row)
     return diagnosis.total(found, weight, density, ["floor_err"])["floor_err"]

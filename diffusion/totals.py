@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from diffusion import curve
+from diffusion import curve, diagnosis
 from diffusion.estimators import OptimalLoss
 from diffusion.findings import bracketed, digits
 
@@ -49,7 +49,7 @@ def families(sigma_data: float = 0.5) -> tuple[Family, ...]:
     Args:
       sigma_data: standard deviation of the data, of the weights of EDM and EDM2.
     """
-    edm = lambda s: (s**2 + sigma_data**2) / (s * sigma_data) ** 2
+    edm = lambda s: diagnosis.edm_weight(s, sigma_data)
     flow = lambda s: ((1 + s) / s) ** 2
     eps = lambda s: 1 / s**2
     edm_words, flow_words = f"EDM, σ_data {sigma_data:g}", "((1 + s) / s)²"
