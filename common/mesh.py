@@ -108,6 +108,19 @@ def current(axis: str = "data") -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
+def shared(tree: Any) -> Any:
+    """Arrays with their first axis over the devices of "data", within jit; where those do not
+    divide it, or without a mesh, as they are."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def put(array):
+        fits = len(array) % current() == 0
+        return jax.lax.with_sharding_constraint(array, P("data")) if fits else array
+
+    return jax.tree.map(put, tree)
+
+
 def over_data(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
     """`shard_map` over the axis `data` of the mesh in use; as it is without a mesh.
 

@@ -66,3 +66,27 @@ def colour(i: int) -> str:
     """The i-th colour, beyond the style's own where there are many lines."""
     wheel = matplotlib.color_sequences["tab10"]
     return matplotlib.colors.to_hex(wheel[i % len(wheel)])
+
+
+@contextmanager
+def animation(path: Path, fps: int = 8, **kwargs) -> Iterator:
+    """Yields axes and a function that adds them, as they are then, as a frame of a GIF.
+
+    Args:
+      path: ends in .gif; its folder is made.
+      fps: frames per second.
+      **kwargs: for `plt.subplots`.
+    """
+    from matplotlib.animation import PillowWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    with plt.rc_context(STYLE | {"savefig.bbox": "standard"}):
+        drawn, axes = plt.subplots(**kwargs)
+        writer = PillowWriter(fps=fps)
+        try:
+            with writer.saving(drawn, str(temporary), dpi=100):
+                yield axes, writer.grab_frame
+            os.replace(temporary, path)
+        finally:
+            plt.close(drawn)

@@ -55,7 +55,7 @@ def make(config) -> Experiment:
     Raises:
       UserError: the config asks for what cannot be.
     """
-    train, valid = texts(**config.data)
+    train, valid = corpus.pair(**config.data)
     _check(config, train, valid)
     model = transformer(**config.model)
     tx = pretraining(**config.optim, steps=config.steps, modules=modules)
@@ -105,25 +105,6 @@ def _updates_done(opt) -> jax.Array:
     is_ours = lambda x: isinstance(x, optax.ScaleByScheduleState)
     found = [s for s in jax.tree.leaves(opt, is_leaf=is_ours) if is_ours(s)]
     return found[-1].count
-
-
-def texts(
-    path: str, valid: str, holdout: float, limit: int, tokenizer: str, pack: bool, **rest
-):
-    """Training and validation text: `valid`, or the last `holdout` of the first.
-
-    Raises:
-      UserError: they cannot be read, or have different tokenizers.
-    """
-    del rest
-    train = corpus.load(path, tokenizer)
-    if not valid:
-        # One document can only be cut.
-        by_document = not pack and len(train.offsets) > 2
-        train, held_out = corpus.split(train, holdout, by_document)
-        return corpus.head(train, limit), held_out
-    held_out = corpus.load(valid, tokenizer or train.tokenizer, "data.valid")
-    return corpus.head(train, limit), held_out
 
 
 def summed_loss(model, params, batch) -> tuple[jax.Array, jax.Array]:

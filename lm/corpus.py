@@ -282,6 +282,25 @@ def split(corpus: Corpus, holdout: float, by_document: bool = False) -> tuple[Co
     )
 
 
+def pair(
+    path: str, valid: str, holdout: float, limit: int, tokenizer: str, pack: bool, **rest: Any
+) -> tuple[Corpus, Corpus]:
+    """Training and validation text: `valid`, or the last `holdout` of the first.
+
+    Raises:
+      UserError: they cannot be read, or have different tokenizers.
+    """
+    del rest
+    train = load(path, tokenizer)
+    if not valid:
+        # One document can only be cut.
+        by_document = not pack and len(train.offsets) > 2
+        train, held_out = split(train, holdout, by_document)
+        return head(train, limit), held_out
+    held_out = load(valid, tokenizer or train.tokenizer, "data.valid")
+    return head(train, limit), held_out
+
+
 def head(corpus: Corpus, tokens: int) -> Corpus:
     """The first `tokens` tokens, a view; the whole corpus if it has no more. 0: all.
 

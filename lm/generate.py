@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from common import mesh as meshes
 from common.errors import UserError, reject
-from lm.transformer import Model
+from lm.model import Model
 
 SETTINGS = ("temperature", "top_k", "top_p", "stop", "vocab")
 
@@ -71,7 +71,8 @@ def generate(
             token = jnp.argmax(logits, axis=-1)
         else:
             kept = restrict(logits / temperature, top_k, top_p)
-            token = jax.random.categorical(key, kept)
+            # float32 noise of one uniform would leave out what is rarer than 1e-6.
+            token = jax.random.categorical(key, kept, mode="high")
         token = token.astype(prompt.dtype)
         if stop is None:
             return token, done

@@ -14,8 +14,6 @@ can hand the parameters over as they are. Blocks are stacked along axis 0 and sc
     blocks/{attention_norm,mlp_norm}/scale [L, d]
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,11 +23,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from common.errors import reject
+from lm.attention import KINDS, attention, precisely, rotated, rotation, seen
+from lm.model import Cache, Model, Params
 
-Params = Any
-Cache = dict[str, Array]
 DTYPES = ("float32", "bfloat16", "float64")
-ATTENTION = ("auto", "xla", "cudnn")
 
 # Of arXiv:2506.14562; every other setting is what `transformer` has by itself.
 SIZES = {
@@ -38,30 +35,6 @@ SIZES = {
     "350m": dict(vocab=32000, dim=1024, mlp=2736, heads=16, depth=24),
     "1b": dict(vocab=32000, dim=2048, mlp=5461, heads=32, depth=24),
 }
-
-
-class Model(NamedTuple):
-    """A language model as pure functions.
-
-    Attributes:
-      init: key -> params, float32 (float64 where that is the dtype).
-      apply: (params, tokens [B, T], positions [B or 1, T] = 0, 1, ..., segments [B, T] =
-        one) -> logits [B, T, V], float32 or wider; logits[:, t] are of the token at t + 1.
-        Attention stays among tokens of the same segment, an int per document of a packed
-        row; what is earlier is a matter of the place in the row. Positions only enter the
-        rotation, hence only their differences matter.
-      start: (batch, length, dtype = that of the model) -> an empty cache of keys and
-        values, {"k", "v"}: [L, B, length, kv_heads, c].
-      extend: (params, cache, tokens [B, t], positions [B or 1, t]) -> (logits [B, t, V],
-        cache). A position is the slot that is written, and a token sees all slots up to
-        its own: fill them from 0 without gaps. Slots beyond `length` are dropped. What
-        comes out is what `apply` gives for the whole row.
-    """
-
-    init: Callable[..., Params]
-    apply: Callable[..., Array]
-    start: Callable[..., Cache]
-    extend: Callable[..., tuple[Array, Cache]]
 
 
 class _Settings(NamedTuple):
@@ -80,6 +53,7 @@ class _Settings(NamedTuple):
     attention: str
     tie: bool
     causal: bool
+    block: int
 
     @property
     def head_dim(self) -> int:
@@ -108,6 +82,7 @@ def transformer(
     attention: str = "auto",
     tie: bool = False,
     causal: bool = True,
+    block: int = 0,
 ) -> Model:
     """The decoder of a config.
 
@@ -125,15 +100,18 @@ def transformer(
         float32 in any case, and float64 with it (which needs JAX's x64).
       attention: xla; cudnn (flash attention, bfloat16 only); auto: cudnn where it can be.
       tie: the head is the embedding, transposed; `head` is absent.
-      causal: a token sees no later ones; False: all (for masked diffusion; no cache).
+      causal: a token sees no later ones; False: all (for masked diffusion, with `fill` and
+        `window` in the place of `start` and `extend`).
+      block: of a model that is not causal; position i sees j iff j // block <= i // block,
+        so that nothing changes any more in blocks on the left; 0: all see all.
 
     Raises:
       UserError: a field is out of range, or fields do not fit each other.
     """
     fields = dict(locals())  # The arguments, nothing else yet.
     s = _checked(_Settings(**fields | {"kv_heads": kv_heads or heads}))
-    bound = (partial(function, s) for function in (_init, _apply, _start, _extend))
-    return Model(*bound)
+    functions = (_init, _apply, _hidden, _head, _start, _extend, _fill, _window)
+    return Model(*(partial(function, s) for function in functions), s.vocab, s.block)
 
 
 def parameters(
@@ -209,11 +187,13 @@ def _checked(s: _Settings) -> _Settings:
         raise reject("model.init_std", s.init_std, "a finite number from 0 up")
     if s.dtype not in DTYPES:
         raise reject("model.dtype", s.dtype, f"one of {', '.join(DTYPES)}")
-    if s.attention not in ATTENTION:
-        raise reject("model.attention", s.attention, f"one of {', '.join(ATTENTION)}")
+    if s.attention not in KINDS:
+        raise reject("model.attention", s.attention, f"one of {', '.join(KINDS)}")
     if s.attention == "cudnn" and s.dtype != "bfloat16":
         allowed = f"auto or xla with dtype {s.dtype}; cudnn takes bfloat16 only"
         raise reject("model.attention", s.attention, allowed)
+    if s.block < 0 or (s.block and s.causal):
+        raise reject("model.block", s.block, "0, or from 1 up where model.causal is False")
     return s
 
 
@@ -251,25 +231,46 @@ def _apply(
     positions: Int[Array, "#batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
 ) -> Float[Array, "batch time vocab"]:
+    return _head(s, params, _hidden(s, params, tokens, positions, segments))
+
+
+def _hidden(s, params, tokens, positions=None, segments=None) -> Float[Array, "batch time d"]:
+    return _read(s, params, tokens, positions, segments, False)[0]
+
+
+def _fill(s, params, tokens, positions=None, segments=None) -> tuple[Array, Cache]:
+    if s.causal:
+        raise reject("model.causal", s.causal, "False: with no later tokens seen, extend")
+    return _read(s, params, tokens, positions, segments, True)
+
+
+def _read(
+    s: _Settings,
+    params: Params,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "#batch time"] | None,
+    segments: Int[Array, "batch time"] | None,
+    keep: bool,
+) -> tuple[Float[Array, "batch time d"], Cache | None]:
+    """Features of whole rows, and with `keep` their keys and values."""
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
-    mask = None
-    if segments is not None:
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    mask = seen(positions, segments, s.block)
 
     def attend(q, k, v):
-        return _attention(s, q, k, v, mask, s.causal), None
+        mixed = attention(q, k, v, mask, s.causal, s.attention)
+        return mixed, {"k": k, "v": v} if keep else None
 
-    with _precisely(s):
-        rotation = _rotation(s, positions)
-        body = lambda h, p: _block(s, p, h, rotation, attend)
+    with precisely(s.dtype):
+        turn = rotation(positions, s.head_dim, s.rope_base, s.wide)
+        body = lambda h, p: _block(s, p, h, turn, attend)
         if s.remat:
             # A scan's body runs in a loop of its own, where nothing could be merged anyway.
             body = jax.checkpoint(body, prevent_cse=False)
-        h, _ = jax.lax.scan(
+        h, kept = jax.lax.scan(
             body, _embedded(s, params, tokens), params["blocks"], unroll=s.unroll
         )
-        return _logits(s, params, h)
+        return _norm(s, h, params["norm"]), kept
 
 
 def _start(s: _Settings, batch: int, length: int, dtype: Any = None) -> Cache:
@@ -286,91 +287,76 @@ def _extend(
     tokens: Int[Array, "batch time"],
     positions: Int[Array, "#batch time"],
 ) -> tuple[Float[Array, "batch time vocab"], Cache]:
-    positions = jnp.broadcast_to(positions, tokens.shape)
-    row = jnp.arange(len(tokens))[:, None]
     slots = jnp.arange(cache["k"].shape[2])
     mask = (slots <= positions[:, :, None])[:, None]
+    # For a few queries there is nothing that flash attention could save.
+    few = s._replace(attention="xla")
+    h, cache = _cached(few, params, cache, tokens, positions, positions, mask)
+    return _head(s, params, h), cache
 
-    def body(h, layer):
-        p, old = layer
+
+def _window(
+    s: _Settings,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch time"],
+    start: Int[Array, ""] | int,
+    positions: Int[Array, "#batch length"] | None = None,
+    segments: Int[Array, "batch length"] | None = None,
+) -> tuple[Float[Array, "batch time d"], Cache]:
+    length = cache["k"].shape[2]
+    if positions is None:
+        positions = jnp.arange(length)[None]
+    slots = start + jnp.arange(tokens.shape[1])
+    inside = jnp.minimum(slots, length - 1)
+    mask = seen(positions, segments, s.block, inside)
+    return _cached(s, params, cache, tokens, slots[None], positions[:, inside], mask)
+
+
+def _cached(
+    s: _Settings,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch time"],
+    slots: Int[Array, "#batch time"],
+    positions: Int[Array, "#batch time"],
+    mask: Bool[Array, "#batch 1 time length"] | None,
+) -> tuple[Float[Array, "batch time d"], Cache]:
+    """Features of some tokens that see what is in the cache once their slots are written."""
+    row = jnp.arange(len(tokens))[:, None]
+
+    def body(carry, layer):
+        h, cache = carry
+        p, number = layer
 
         def attend(q, k, v):
-            write = lambda slots, new: slots.at[row, positions].set(
-                new.astype(slots.dtype), mode="drop"
+            # The cache is carried, not scanned over, so that only new slots are written.
+            write = lambda old, new: old.at[number, row, slots].set(
+                new.astype(old.dtype), mode="drop"
             )
-            kept = jax.tree.map(write, old, {"k": k, "v": v})
-            k, v = (kept[name].astype(q.dtype) for name in "kv")
-            # For a few queries there is nothing that flash attention could save.
-            return _attention(s._replace(attention="xla"), q, k, v, mask, False), kept
+            kept = jax.tree.map(write, cache, {"k": k, "v": v})
+            k, v = (kept[name][number].astype(q.dtype) for name in "kv")
+            return attention(q, k, v, mask, False, s.attention), kept
 
-        return _block(s, p, h, rotation, attend)
+        return _block(s, p, h, turn, attend), None
 
-    with _precisely(s):
-        rotation = _rotation(s, positions)
-        h = _embedded(s, params, tokens)
-        h, cache = jax.lax.scan(body, h, (params["blocks"], cache))
-        return _logits(s, params, h), cache
+    with precisely(s.dtype):
+        turn = rotation(positions, s.head_dim, s.rope_base, s.wide)
+        start = _embedded(s, params, tokens), cache
+        (h, cache), _ = jax.lax.scan(body, start, (params["blocks"], jnp.arange(s.depth)))
+        return _norm(s, h, params["norm"]), cache
 
 
-def _block(s: _Settings, p: Params, h: Float[Array, "b t d"], rotation, attend) -> tuple:
+def _block(s: _Settings, p: Params, h: Float[Array, "b t d"], turn, attend) -> tuple:
     """One layer; `attend` is (q [b t h c], k, v) -> (mixed values, what to keep)."""
     b, t, _ = h.shape
     x = _norm(s, h, p["attention_norm"])
     q, k, v = (_linear(x, p[name]).reshape(b, t, -1, s.head_dim) for name in "qkv")
-    mixed, kept = attend(_rotated(q, rotation), _rotated(k, rotation), v)
+    mixed, kept = attend(rotated(q, turn), rotated(k, turn), v)
     h = h + _linear(mixed.reshape(b, t, s.dim), p["o"])
     x = _norm(s, h, p["mlp_norm"])
     inner = jax.nn.silu(_linear(x, p["gate"])) * _linear(x, p["up"])
     return h + _linear(inner, p["down"]), kept
-
-
-def _attention(
-    s: _Settings,
-    q: Float[Array, "b t h c"],
-    k: Float[Array, "b u g c"],
-    v: Float[Array, "b u g c"],
-    mask: Bool[Array, "b 1 t u"] | None,
-    causal: bool,
-) -> Float[Array, "b t h c"]:
-    if s.dtype == "float64":
-        return _wide_attention(q, k, v, mask, causal)
-    which = s.attention
-    if which == "auto":
-        # What cuDNN can do on every GPU of the last years; odd lengths not with a mask.
-        fits = s.head_dim <= 128 and s.head_dim % 8 == 0
-        fits = fits and (mask is None or q.shape[1] % 2 == 0)
-        gpu = s.dtype == "bfloat16" and jax.default_backend() == "gpu"
-        which = "cudnn" if gpu and fits else "xla"
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, implementation=which
-    )
-
-
-def _wide_attention(q, k, v, mask, causal):
-    """In float64 to the end: the softmax of `jax.nn.dot_product_attention` is float32."""
-    b, t, h, c = q.shape
-    k, v = (jnp.repeat(a, h // a.shape[2], axis=2) for a in (k, v))
-    seen = jnp.ones((b, 1, t, k.shape[1]), bool) if mask is None else mask
-    seen = jnp.tril(seen) if causal else seen
-    scores = jnp.einsum("bthc,buhc->bhtu", q, k) / jnp.sqrt(c).astype(q.dtype)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
-    return jnp.einsum("bhtu,buhc->bthc", weights, v)
-
-
-def _rotation(s: _Settings, positions: Int[Array, "#b t"]) -> tuple[Array, Array]:
-    """Cosine and sine of position * base^(-2i/c), [b, t, 1, c / 2]."""
-    pair = jnp.arange(0, s.head_dim, 2, dtype=s.wide) / s.head_dim
-    frequency = jnp.asarray(s.rope_base, s.wide) ** -pair
-    angle = positions.astype(s.wide)[:, :, None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotated(x: Float[Array, "b t h c"], rotation) -> Float[Array, "b t h c"]:
-    """Pairs are (i, i + c/2): `rotate_half` of Hugging Face, not Meta's (2i, 2i + 1)."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def _norm(s: _Settings, x: Float[Array, "b t d"], p: Params) -> Float[Array, "b t d"]:
@@ -388,13 +374,7 @@ def _embedded(s: _Settings, params: Params, tokens: Array) -> Float[Array, "b t 
     return params["embed"]["embedding"][tokens].astype(s.dtype)
 
 
-def _logits(s: _Settings, params: Params, h: Array) -> Float[Array, "b t vocab"]:
+def _head(s: _Settings, params: Params, h: Float[Array, "b t d"]) -> Float[Array, "b t vocab"]:
     kernel = params["embed"]["embedding"].T if s.tie else params["head"]["kernel"]
-    h = _norm(s, h, params["norm"])
-    return jnp.matmul(h, kernel.astype(h.dtype), preferred_element_type=s.wide)
-
-
-def _precisely(s: _Settings):
-    """Float32 is float32: no TF32 on GPUs, no bfloat16 passes on TPUs."""
-    exact = s.dtype != "bfloat16"
-    return jax.default_matmul_precision("highest") if exact else nullcontext()
+    with precisely(s.dtype):
+        return jnp.matmul(h, kernel.astype(h.dtype), preferred_element_type=s.wide)

@@ -11,7 +11,7 @@ from common import loop, metrics, runner
 from common import mesh as meshes
 from common.errors import UserError
 from common.experiment import Run
-from lm import causal, weights
+from lm import causal, corpus, weights
 from lm.transformer import transformer
 from tests.common.test_loop import Never
 
@@ -70,7 +70,7 @@ def test_placement_and_accumulation_change_nothing(plain, changes):
 
 def test_validation_is_the_mean_over_all_targets(plain):
     c, _, state, _, found = plain
-    _, valid = causal.texts(**c.data)
+    _, valid = corpus.pair(**c.data)
     model, length = transformer(**c.model), c.data.length
     params = jax.tree.map(jnp.asarray, state.params)
     tokens = np.asarray(valid.tokens[: c.eval.tokens + 1], np.int32)

@@ -1,0 +1,1 @@
+"""Formal languages: tables, their exact denoiser and everything that is known of them."""

@@ -1,0 +1,1 @@
+"""Masked diffusion of tokens: processes, objectives and samplers."""

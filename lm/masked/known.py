@@ -1,0 +1,87 @@
+"""What is known of a run's language without any run: closed forms and exact curves."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from common.experiment import Run
+from lm.languages import build, hmm, information, theory
+from lm.masked import curve
+from lm.masked.rows import last, weights_of
+from lm.masked.settings import Settings
+
+WHY_NO_SER = "The language has every text, so its SER is 0 and says nothing."
+
+
+def table(config) -> Any:
+    """The language of a config, float64 on the host."""
+    fields = dict(config.language)
+    fields.pop("texts")
+    return build.language(**fields)
+
+
+def ancestral(config, steps: int) -> Float[np.ndarray, " steps"]:
+    """w_0 ... w_{T-1} of ancestral sampling with a config's schedule and grid."""
+    fields = dict(config.sampler) | {"kind": "ancestral", "steps": int(steps), "block": 0}
+    return weights_of(Settings(**fields))
+
+
+def sequence_error(
+    config, length: int, steps: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"] | None:
+    """SER of the exact denoiser, ancestral: of pairs and parity, else None."""
+    language = config.language
+    if language.path or config.sampler.block:
+        return None
+    if language.kind == "pairs":
+        return np.array(
+            [theory.pairs_ser(length, language.vocab, ancestral(config, n)) for n in steps]
+        )
+    if language.kind == "parity":
+        return np.array(
+            [theory.parity_ser(length, language.group, ancestral(config, n)) for n in steps]
+        )
+    return None
+
+
+def token_gap(
+    config, length: int, steps: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"] | None:
+    """gap_T of the exact denoiser, ancestral, exactly: of first-order chains, else None."""
+    language = table(config)
+    if not information.first_order(language):
+        return None
+    entropy = information.entropy(language, length).value / length
+    found = []
+    for n in steps:
+        w = ancestral(config, n)
+        visible = np.concatenate([[0.0], np.cumsum(w)[:-1]])
+        found.append(w @ information.exact_curve(language, length, visible) - entropy)
+    return np.array(found)
+
+
+def exact_gap(run: Run, steps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """gap_T of the exact denoiser on the held-out texts of a trained masked run."""
+    found = last(run)
+    length = len(found["exact"])
+    return np.array(
+        [
+            curve.linear(
+                found["exact"],
+                found["exact_error"],
+                curve.ancestral(length, ancestral(run.config, n)),
+            ).value
+            for n in steps
+        ]
+    )
+
+
+def full_support(config) -> bool:
+    """Whether every text is in the language."""
+    return not build.informative(table(config))
+
+
+def vocab(config) -> int:
+    """V."""
+    return hmm.vocab(table(config))

@@ -1,0 +1,130 @@
+"""What training, judging and the actions of a masked diffusion run share, made once.
+
+A model has a row for every token, one for the mask (V; of "ar" the start symbol) and, where
+texts are cut short, one for what is beyond the end (V + 1).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from common import mesh as meshes
+from lm import corpus, tokenizers, transformer
+from lm.languages import evaluate as judge
+from lm.languages.oracle import oracle
+from lm.masked import autoregressive, curve, networks
+from lm.masked.denoiser import Denoiser
+from lm.masked.texts import Source, of_corpus, of_language
+
+
+class Parts(NamedTuple):
+    """Attributes:
+    source: of texts.
+    model: `transformer`, of all its rows.
+    fields: its arguments.
+    denoiser: the model as one; None for "ar".
+    mask, pad: tokens V, and V + 1 or None.
+    curve: jitted; (params, batch, key, start) -> curves of a batch. "loss" is the model's
+      less -log q(x) / L; of a corpus the model's. Of a language also "excess", the model's
+      less the exact denoiser's on the same masks; "exact", that one's less -log q(x) / L;
+      and "entropy", this.
+    likelihood: jitted; (params, batch) -> nats, -log q(x) and tokens of each text, of "ar".
+    evaluate: state -> all figures, of the experiment.
+    """
+
+    source: Source
+    model: transformer.Model
+    fields: dict
+    denoiser: Denoiser | None
+    mask: int
+    pad: int | None
+    curve: Callable
+    likelihood: Callable
+    evaluate: Callable | None = None
+
+
+def parts_of(config) -> Parts:
+    """The parts of a config.
+
+    Raises:
+      UserError: the text, the language or the model cannot be.
+    """
+    source = source_of(config)
+    pad = source.vocab + 1 if config.objective.cut and config.kind == "mdm" else None
+    fields = dict(
+        config.model,
+        vocab=source.vocab + 1 + (pad is not None),
+        causal=config.kind == "ar",
+    )
+    model = transformer.transformer(**fields)
+    mask, denoiser = source.vocab, None
+    if config.kind == "mdm":
+        denoiser = networks.denoiser(model, source.vocab, pad=pad)
+    return Parts(
+        source,
+        model,
+        fields,
+        denoiser,
+        mask,
+        pad,
+        jax.jit(partial(_curve, source, denoiser, config.objective.prompt)),
+        jax.jit(partial(_likelihood, source, model, mask, config.objective.prompt)),
+    )
+
+
+def judged_params(state: Any) -> Any:
+    """The parameters that are judged and sampled: the average, where there is one."""
+    return state.average.trees[0] if state.average else state.params
+
+
+def source_of(config) -> Source:
+    """Texts of the language of a config, or else of its corpus."""
+    if config.language.kind or config.language.path:
+        return of_language(config)
+    train, valid = corpus.pair(**config.data)
+    return of_corpus(config, train, valid, max(reader(train).vocab_size, train.vocab))
+
+
+def reader(text: corpus.Corpus) -> tokenizers.Tokenizer:
+    """The tokenizer of a corpus."""
+    return tokenizers.tokenizer(text.tokenizer or "bytes")
+
+
+def _curve(source, denoiser, prompt, params, batch, key, start):
+    x, free = source.texts(batch)
+    length = x.shape[1] - prompt
+    counted = jnp.sum(free, axis=1) == length  # Not the ends of a corpus.
+    noised, visible = curve.prepared(key, x, start, denoiser.mask, prompt)
+    tally = lambda value: curve.tallied(visible, value, length, counted)
+    loss = curve.mean_loss(denoiser, params, x, noised)
+    if source.language is None:
+        found = {"loss": tally(loss)}
+    else:
+        exact = curve.mean_loss(oracle(source.vocab), source.language, x, noised)
+        entropy = _surprise(source.language, x, prompt) / length
+        found = {
+            "loss": tally(loss - entropy),
+            "excess": tally(loss - exact),
+            "exact": tally(exact - entropy),
+            "entropy": tally(entropy),
+        }
+    return meshes.replicate(found)
+
+
+def _likelihood(source, model, mask, prompt, params, batch):
+    x, free = source.texts(batch)
+    each = autoregressive.token_losses(model, params, x, mask)
+    control = jnp.zeros(len(x))
+    if source.language is not None:
+        control = _surprise(source.language, x, prompt)
+    nats = jnp.sum(jnp.where(free, each, 0.0), axis=1)
+    return meshes.replicate(jnp.stack([nats, control, jnp.sum(free, axis=1)]))
+
+
+def _surprise(language, x, prompt):
+    """-log q of what follows the prompt, given the prompt."""
+    whole = -judge.log_prob(language, x)
+    return whole + judge.log_prob(language, x[:, :prompt]) if prompt else whole

@@ -1,0 +1,181 @@
+"""The results of runs as rows: one for each run, sampler, length and number of steps.
+
+Everything a report says comes from here, and `results.csv` holds it all.
+"""
+
+import csv
+import hashlib
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import config as configs
+from common import metrics
+from common.experiment import Run
+from lm.masked import curve, schedules, settings
+
+THEORY, AR, MDM = "theory", "ar", "mdm"
+COLUMNS = (
+    "run",
+    "variant",
+    "seed",
+    "config",
+    "kind",
+    "language",
+    "sampler",
+    "length",
+    "steps",
+    "texts",
+    "entropy",
+    "gap",
+    "gap_error",
+    "ter_bound",
+    "ter",
+    "ter_error",
+    "ser",
+    "ser_error",
+    "unsupported",
+    "entropy_1",
+    "entropy_2",
+    "entropy_3",
+    "distinct_2",
+    "distinct_3",
+    "judged",
+    "judged_error",
+    "calls",
+    "rounds",
+)
+
+
+def kind(config: Any) -> str:
+    """What a run is: theory, ar or mdm."""
+    return THEORY if config.experiment.endswith("theory") else config.kind
+
+
+def last(run: Run) -> dict:
+    """The last evaluation of a run; of lists there are arrays."""
+    found = [row for row in run.rows if row["split"] == "eval"][-1]
+    return {k: np.array(v) if isinstance(v, list) else v for k, v in found.items()}
+
+
+def weights_of(made: settings.Settings) -> np.ndarray:
+    """w_0 ... w_{T-1} of a sampler's schedule, grid and steps."""
+    return schedules.weights(schedules.schedule(made.schedule), made.grid, made.steps)
+
+
+def rows_of(runs: dict[str, Run]) -> list[dict]:
+    """All rows, in the order of runs, samplers, lengths and steps."""
+    return [row for run in runs.values() for row in one_run(run)]
+
+
+def one_run(run: Run) -> list[dict]:
+    """The rows of one run; what is not known is None."""
+    config, found = run.config, last(run)
+    which = kind(config)
+    base = dict.fromkeys(COLUMNS) | {
+        "run": run.name,
+        "variant": run.name.rpartition("seed")[0].rstrip("-") or "main",
+        "seed": config.seed,
+        "config": digest(config),
+        "kind": which,
+        "language": config.language.path or config.language.kind or "text",
+    }
+    if which == THEORY:
+        return _theory(base, config, found)
+    samplers = config.eval.samplers if which == MDM else (AR,)
+    return [row for name in samplers for row in _learned(base, config, found, name)]
+
+
+def _theory(base: dict, config, found: dict) -> list[dict]:
+    made = []
+    for name in config.theory.samplers:
+        for length in config.theory.lengths:
+            steps = found[f"steps_{name}_{length}"]
+            gaps = dict(zip(
+                np.atleast_1d(found.get(f"gap_steps_{length}", [])).tolist(),
+                zip(
+                    np.atleast_1d(found.get(f"gap_{length}", [])).tolist(),
+                    np.atleast_1d(found.get(f"gap_error_{length}", [])).tolist(),
+                    strict=True,
+                ),
+                strict=True,
+            ))  # fmt: skip
+            entropy = found[f"entropy_{length}"]
+            for i, n in enumerate(steps.tolist()):
+                row = base | {"sampler": name, "length": length, "steps": n}
+                row |= {"entropy": entropy, "texts": config.steps * config.batch_size}
+                for field in ("ser", "ser_error", "ter", "ter_error", "calls", "rounds"):
+                    row[field] = float(found[f"{field}_{name}_{length}"][i])
+                row["unsupported"] = row["ser"]
+                if row["ser"] == 1:
+                    row["ter"] = row["ter_error"] = None
+                if name == "ancestral" and n in gaps:
+                    row["gap"], row["gap_error"] = gaps[n]
+                    row["ter_bound"] = entropy + gaps[n][0]
+                made.append(row)
+    return made
+
+
+def _learned(base: dict, config, found: dict, name: str) -> list[dict]:
+    if f"steps_{name}" not in found:
+        return []
+    made = []
+    total = config.length - config.objective.prompt
+    for i, n in enumerate(found[f"steps_{name}"].tolist()):
+        row = base | {"sampler": name, "length": config.length, "steps": n}
+        row |= {"texts": config.eval.samples, "entropy": found.get("entropy")}
+        for field in COLUMNS:
+            key = f"{field}_{name}"
+            if field not in ("steps", "entropy") and key in found:
+                value = float(found[key][i])
+                row[field] = value if np.isfinite(value) else None
+        bound = None
+        if name == "ancestral":
+            one = settings.Settings(**dict(config.sampler) | {"kind": name, "steps": n})
+            if not one.block:
+                bound = curve.ancestral(total, weights_of(one))
+        if name == "count" and not config.sampler.block:
+            bound = curve.grouped(total, n_each(total, n))
+        if name in ("first_hitting", AR):
+            row["ter_bound"] = found["nats"]
+            row["gap"], row["gap_error"] = found.get("gap"), found.get("gap_error")
+        if bound is not None:
+            gap = curve.linear(found["h"], found["h_error"], bound)
+            row["ter_bound"] = gap.value + (found.get("entropy") or 0.0)
+            if found.get("entropy") is not None:
+                row["gap"], row["gap_error"] = gap
+        made.append(row)
+    return made
+
+
+def n_each(length: int, steps: int) -> np.ndarray:
+    """Positions of each step of `count`."""
+    return length // steps + (np.arange(steps) < length % steps)
+
+
+def digest(config) -> str:
+    """Eight hexadecimal digits of a run's config, seed included."""
+    text = json.dumps(configs.to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """`results.csv`."""
+    text = StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    metrics.write(path, text.getvalue())
+
+
+def mean(rows: list[dict], field: str) -> tuple[float, float | None]:
+    """Over seeds: the mean and its standard error; of one seed the row's own error."""
+    values = [row[field] for row in rows if row[field] is not None]
+    if not values:
+        return float("nan"), None
+    if len(values) > 1:
+        return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    return values[0], rows[0].get(f"{field}_error")

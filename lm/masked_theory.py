@@ -1,0 +1,306 @@
+"""The exact denoiser of a language against the number of steps: what no training can better.
+
+Feng et al., arXiv:2502.09622, with the learning error set to zero. A step measures
+`config.batch_size` new texts of every length: once along the information curve, which gives the
+token error of every number of steps (E1), and once written by every sampler of
+`config.theory` with every number of steps, for the sequence error (E2). The state holds sums,
+so a run is stopped and gone on with like any other, and more steps are smaller error bars.
+
+    information curve, NELBO_T, section 5.2         masked/curve.py
+    bounds and closed forms, section 5.2            languages/theory.py
+    exact law of tiny texts, section 6.3            masked/enumeration.py
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from common import mesh as meshes
+from common.errors import reject
+from common.experiment import Experiment, Run
+from lm.languages import build, evaluate, hmm
+from lm.languages.oracle import oracle
+from lm.masked import curve, enumeration, known, report, settings
+from lm.masked.ladder import ladder
+from lm.masked.texts import HELD_OUT, keys_of
+
+
+class Cells(NamedTuple):
+    """Sums over the texts of one sampler at one length, by number of steps: float32 [steps].
+
+    Attributes:
+      texts: how many.
+      wrong: outside of the support.
+      log_q: of -log q(x) / L of those inside, less `REFERENCE`.
+      square: of its square.
+      calls: network calls of a text.
+      rounds: of a batch.
+    """
+
+    texts: Float[Array, " steps"]
+    wrong: Float[Array, " steps"]
+    log_q: Float[Array, " steps"]
+    square: Float[Array, " steps"]
+    calls: Float[Array, " steps"]
+    rounds: Float[Array, " steps"]
+
+
+class State(NamedTuple):
+    """Sums so far.
+
+    Attributes:
+      curves: one for each length; empty where not wanted.
+      entropy: [lengths, 3]: texts, and sums of -log q(x) / L and of its square.
+      cells: cells[sampler][length].
+      done: steps so far.
+    """
+
+    curves: tuple[curve.Curve, ...]
+    entropy: Float[Array, "lengths 3"]
+    cells: dict[str, tuple[Cells, ...]]
+    done: Int[Array, ""]
+
+
+def make(config) -> Experiment:
+    """The experiment of runs with `experiment="lm.masked_theory"`.
+
+    Raises:
+      UserError: the config asks for what cannot be.
+    """
+    table, language = _language(config)
+    vocab = hmm.vocab(table)
+    denoiser = oracle(vocab)
+    lengths = tuple(config.theory.lengths)
+    ladders = {
+        (name, length): rungs(config, name, length, vocab)
+        for name in config.theory.samplers
+        for length in lengths
+    }
+    size = config.batch_size
+
+    def init(key):
+        del key
+        cells = {
+            name: tuple(
+                Cells(*(jnp.zeros(len(ladders[name, length])) for _ in Cells._fields))
+                for length in lengths
+            )
+            for name in config.theory.samplers
+        }
+        curves = tuple(curve.empty(n) for n in lengths) if config.theory.curve else ()
+        return State(curves, jnp.zeros((len(lengths), 3)), cells, jnp.zeros((), jnp.int32))
+
+    def step(state, batch, key):
+        del batch
+        first = state.done * size
+        curves, entropies = [], []
+        for i, length in enumerate(lengths):
+            keys = keys_of(
+                config.language.seed,
+                config.seed,
+                jnp.full(size, HELD_OUT, jnp.int32),
+                first + jnp.arange(size),
+            )
+            x = meshes.shared(evaluate.draw_each(keys, language, length))
+            entropy = -evaluate.log_prob(language, x) / length
+            entropies.append(jnp.stack([jnp.float32(size), entropy.sum(), (entropy**2).sum()]))
+            if config.theory.curve:
+                of_curve = jax.random.fold_in(jax.random.fold_in(key, 0), i)
+                found = curve.measured(of_curve, denoiser, language, x, first, entropy)
+                curves.append(curve.added(state.curves[i], found))
+        cells, wrong = {}, []
+        for j, name in enumerate(config.theory.samplers):
+            added = []
+            for i, length in enumerate(lengths):
+                of_cell = jax.random.fold_in(jax.random.fold_in(key, 1 + j), i)
+                one = _cells(of_cell, denoiser, language, size, length, ladders[name, length])
+                added.append(jax.tree.map(jnp.add, state.cells[name][i], one))
+                wrong.append(jnp.mean(one.wrong) / size)
+            cells[name] = tuple(added)
+        done = state.done + 1
+        values = {"texts": done * size, "entropy": entropies[-1][1] / size}
+        if wrong:
+            values["ser"] = jnp.mean(jnp.stack(wrong))
+        entropy = state.entropy + jnp.stack(entropies)
+        return State(tuple(curves), entropy, cells, done), values
+
+    return Experiment(
+        init=init,
+        step=step,
+        evaluate=partial(_evaluate, config, table, ladders),
+        report=report.report,
+        actions={"law": partial(_law, config, table)},
+        headline=lambda row: f"texts {row['texts']:.0f}  SER {row.get('ser', 0):.3f}",
+    )
+
+
+def rungs(config, name: str, length: int, vocab: int) -> list[settings.Settings]:
+    """One sampler per number of steps, ascending; those that L does not admit left out.
+
+    Raises:
+      UserError: none is left.
+    """
+    t = config.theory
+    wanted = {*t.steps, *(max(1, round(ratio * length)) for ratio in t.ratios)}
+    if name in settings.QUOTA:
+        wanted = {steps for steps in wanted if steps <= length}
+    if not wanted:
+        raise reject("theory.steps", tuple(t.steps), f"at most {length} with {name}")
+    made = [
+        settings.settings(**dict(config.sampler) | {"kind": name, "steps": steps})
+        for steps in sorted(wanted)
+    ]
+    fitted = [settings.fit(one, length, vocab) for one in made]
+    return fitted[:1] if name in settings.FREE_RUNNING else fitted
+
+
+def _cells(key, denoiser, language, size, length, made) -> Cells:
+    found = ladder(key, denoiser, language, size, length, made)
+    steps = len(made)
+    x = found.tokens.reshape(steps * size, length)
+    right = evaluate.supported(language, x).reshape(steps, size)
+    surprise = -evaluate.log_prob(language, x).reshape(steps, size) / length
+    surprise = jnp.where(right, surprise, 0.0)
+    return Cells(
+        texts=jnp.full(steps, float(size)),
+        wrong=jnp.sum(~right, axis=1).astype(jnp.float32),
+        log_q=surprise.sum(axis=1),
+        square=(surprise**2).sum(axis=1),
+        calls=found.calls.sum(axis=1).astype(jnp.float32),
+        rounds=found.rounds.astype(jnp.float32),
+    )
+
+
+def _evaluate(config, table, ladders, state: State, key) -> dict:
+    """All figures so far; names end in the length.
+
+    Returns:
+      entropy_L, entropy_error_L: of the texts drawn, nats per token.
+      h_L, h_error_L: h_n less the entropy of the same texts.
+      nelbo_L, nelbo_error_L: the same of NELBO / L: zero, up to the error.
+      gap_steps, gap_L, gap_error_L: gap_T of ancestral sampling at `gap_steps`.
+      steps_SAMPLER_L, ser_, ser_error_, ter_, ter_error_, unsupported_, calls_, rounds_
+      exact_steps, exact_ser, exact_ter, exact_kl: of texts of `theory.exact` tokens.
+    """
+    del key
+    t, found = config.theory, {}
+    for i, length in enumerate(t.lengths):
+        texts, total, square = np.asarray(state.entropy[i], np.float64)
+        found[f"entropy_{length}"] = total / texts
+        spread = max(square / texts - (total / texts) ** 2, 0)
+        found[f"entropy_error_{length}"] = np.sqrt(spread / texts)
+        if t.curve:
+            found |= _gaps(config, jax.device_get(state.curves[i]), length)
+        for name in t.samplers:
+            made = ladders[name, length]
+            one = _rates(jax.device_get(state.cells[name][i]), config.batch_size)
+            one["steps"] = np.array([s.steps for s in made])
+            found |= {f"{field}_{name}_{length}": value for field, value in one.items()}
+    if t.exact:
+        laws = exact(config, table)
+        found["exact_steps"] = np.array(t.exact_steps)
+        for name, measure in (("ser", enumeration.sequence_errors), ("kl", enumeration.kl)):
+            found[f"exact_{name}"] = np.array([measure(laws.q, p) for p in laws.p])
+        ter = [enumeration.token_errors(laws.q, p, t.exact) for p in laws.p]
+        found["exact_ter"] = np.array(ter)
+    return found
+
+
+def _gaps(config, found: curve.Curve, length: int) -> dict:
+    h, error = curve.information(found)
+    whole = curve.combined(found, curve.whole(length))
+    made = [s for s in rungs(config, "ancestral", length, 2**31) if s.steps]
+    weights = [known.ancestral(config, s.steps) for s in made]
+    gaps = [curve.combined(found, curve.ancestral(length, w)) for w in weights]
+    return {
+        f"h_{length}": h,
+        f"h_error_{length}": error,
+        f"nelbo_{length}": whole.value,
+        f"nelbo_error_{length}": whole.error,
+        f"gap_steps_{length}": np.array([s.steps for s in made]),
+        f"gap_{length}": np.array([gap.value for gap in gaps]),
+        f"gap_error_{length}": np.array([gap.error for gap in gaps]),
+    }
+
+
+def _rates(cells: Cells, size: int) -> dict:
+    cells = Cells(*(np.asarray(a, np.float64) for a in cells))
+    ser, right = cells.wrong / cells.texts, cells.texts - cells.wrong
+    some = np.maximum(right, 1)
+    ter = cells.log_q / some
+    spread = np.maximum(cells.square / some - ter**2, 0)
+    return {
+        "ser": ser,
+        "ser_error": np.sqrt(ser * (1 - ser) / cells.texts),
+        "ter": np.where(right > 0, ter, -1.0),  # -1: no text is in the support.
+        "ter_error": np.sqrt(spread / some),
+        "calls": cells.calls / cells.texts,
+        "rounds": cells.rounds * size / cells.texts,
+    }
+
+
+class Laws(NamedTuple):
+    """Laws of tiny texts: the language's [V^L], and the sampler's at each number of steps."""
+
+    q: np.ndarray
+    p: list[np.ndarray]
+
+
+def exact(config, table: Any) -> Laws:
+    """By enumeration, of texts of `theory.exact` tokens, ancestral with `theory.exact_steps`.
+
+    Raises:
+      UserError: they are too many.
+    """
+    length, vocab = config.theory.exact, hmm.vocab(table)
+    every = enumeration.texts(vocab, length)
+    with jax.enable_x64(True):
+        wide = hmm.on_device(table, jnp.float64)
+        q = np.exp(np.asarray(evaluate.log_prob(wide, jnp.asarray(every)), np.float64))
+        p = []
+        for steps in config.theory.exact_steps:
+            w = known.ancestral(config, steps)
+            p.append(enumeration.law(oracle(vocab), wide, length, w))
+    return Laws(q, p)
+
+
+def _law(config, table, run: Run, folder: Path) -> str:
+    """Writes law.npz: all texts of `theory.exact` tokens, q, and p at each number of steps."""
+    del run
+    length, vocab = config.theory.exact, hmm.vocab(table)
+    if not length:
+        raise reject("theory.exact", 0, "a number of tokens, for the law of such texts")
+    laws, steps = exact(config, table), np.array(config.theory.exact_steps)
+    every = enumeration.texts(vocab, length)
+    np.savez(folder / "law.npz", texts=every, q=laws.q, p=np.stack(laws.p), steps=steps)
+    rows = [
+        f"| {n} | {enumeration.sequence_errors(laws.q, p):.9f} "
+        f"| {enumeration.kl(laws.q, p):.9f} "
+        f"| {enumeration.token_errors(laws.q, p, length):.9f} |"
+        for n, p in zip(steps, laws.p, strict=True)
+    ]
+    head = "| steps | SER | KL, nats | log TER, nats |\n|---|---|---|---|"
+    return "\n".join([f"{len(every)} texts of {length} tokens.", "", head, *rows])
+
+
+def _language(config):
+    fields = dict(config.language)
+    fields.pop("texts")
+    if not (config.language.kind or config.language.path):
+        raise reject("language.kind", "", "a formal language: a text has no exact denoiser")
+    t = config.theory
+    if not t.lengths or min(t.lengths) < 1:
+        raise reject("theory.lengths", tuple(t.lengths), "whole numbers from 1 up")
+    devices = meshes.make(**config.mesh).shape["data"]
+    if config.batch_size < 1 or config.batch_size % devices:
+        allowed = f"a multiple of the {devices} devices of mesh.data"
+        raise reject("batch_size", config.batch_size, allowed)
+    table = build.language(**fields)
+    if t.exact:
+        enumeration.fits(hmm.vocab(table), t.exact)
+    return table, hmm.on_device(table)
