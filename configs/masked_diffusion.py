@@ -6,8 +6,8 @@
     python main.py --config=configs/masked_diffusion.py:text --do=sample
 
 arXiv:2502.09622. Sizes for a CPU: test; small, a little of everything; e1, token errors of the
-exact denoiser against steps; e2, its sequence errors; samplers, all of them on a sparse HMM; e3,
-learned n-grams; e4, learned pairs, parity and sums; hmm, a learned sparse HMM; e5, speed beside
+exact denoiser against steps; e2, its sequence errors; samplers, all of them on a sparse HMM;
+e3, learned n-grams; e4, learned pairs, parity and sums; hmm, a learned sparse HMM; e5, speed beside
 an autoregressive model; text (E6), bytes of a real text; language, any pi, A, B of an .npz. Of
 the paper and of others: paper, formal languages at 25 M parameters; paper_theory, lengths to
 2048; owt, MDLM's OpenWebText at 130 M; lm1b; llada, 8 B. Their text is a STORE of
@@ -25,6 +25,7 @@ def get_config(size: str = "small"):
     config.batch_size = 64
     config.kind = "mdm"  # mdm or ar, of lm.masked_diffusion.
     config.length = 32  # L
+    config.vocab = 0  # V of a corpus; 0: of its tokenizer.
     config.fsdp = False  # Parameters split over the data axis, too.
     # What is written: a formal language, or where its kind is "" the text of `data`.
     config.language = dict(
@@ -118,6 +119,7 @@ def get_config(size: str = "small"):
         stratify=True,  # Low-discrepancy times.
         prompt=0,  # Tokens at the start that stay visible and are not predicted.
         cut=0.0,  # Share of steps whose texts are cut at a random length, as LLaDA's.
+        pad_loss=False,  # Whether what follows the end of a document is to be predicted, too.
         per="token",  # Loss per token of the batch; text: each text by its own length.
     )
     # Likelihood: `texts` held-out ones, each at `draws` numbers of masked tokens.
@@ -213,6 +215,7 @@ def _sizes() -> dict:
     open_text = dict(
         large,
         language=dict(kind=""),
+        vocab=50_257,
         batch_size=512,
         length=1024,
         model=dict(large["model"], dim=768, mlp=2048, heads=12, depth=12),
@@ -319,7 +322,7 @@ def _sizes() -> dict:
             runs=dict(mdm=dict(kind="mdm"), ar=dict(kind="ar")),
         ),
         "language": dict(
-            language=dict(kind="path"),
+            language=hmm,  # In the place of a path.
             theory=dict(lengths=(32, 64), ratios=ratios, steps=()),
             runs={
                 "exact": dict(
@@ -363,6 +366,7 @@ def _sizes() -> dict:
         "lm1b": open_text | dict(length=128, data=dict(pack=False)),
         "llada": open_text | dict(
             length=4096,
+            vocab=126_464,
             batch_size=1280,
             fsdp=True,
             steps=450_000,

@@ -110,7 +110,11 @@ def _mdm_loss(config, parts):
     """Nats per predicted token, one draw of the objective."""
     denoiser, length = parts.denoiser, config.length
     settings = objective.objective(
-        **{k: v for k, v in config.objective.items() if k not in ("prompt", "cut", "per")}
+        **{
+            k: v
+            for k, v in config.objective.items()
+            if k not in ("prompt", "cut", "per", "pad_loss")
+        }
     )
     cut = config.objective.cut
 
@@ -161,7 +165,8 @@ def _evaluate(config, parts, state: State, key) -> dict:
     """
     del key  # The same texts and masks at every evaluation, to be compared.
     params = judged_params(state)
-    found = {"mdm": _curve, "ar": _likelihood}[config.kind](config, parts, params)
+    masked = _count if parts.source.ragged else _curve
+    found = {"mdm": masked, "ar": _likelihood}[config.kind](config, parts, params)
     if int(state.done) >= config.steps:
         found |= sweep.measured(config, parts, params)
     return found
@@ -198,6 +203,19 @@ def _curve(config, parts, params) -> dict:
             found[name], found[f"{name}_error"] = curve.information(total[name])
     found["h"], found["h_error"] = curve.information(total["loss"])
     return found
+
+
+def _count(config, parts, params) -> dict:
+    rows = []
+    for number, batch in _held_out(config, parts, config.eval.draws):
+        key = jax.random.fold_in(jax.random.key(0), number)
+        start = number * config.eval.batch_size
+        rows.append(np.array(parts.count(params, batch, key, start), float))
+    nats, tokens = np.concatenate(rows, axis=1)
+    mean = nats.sum() / tokens.sum()
+    # Of a ratio of sums.
+    spread = np.sqrt(np.sum((nats - mean * tokens) ** 2)) / tokens.sum()
+    return {"nats": mean, "nats_error": spread}
 
 
 def _likelihood(config, parts, params) -> dict:

@@ -1,17 +1,17 @@
-"""The languages of the experiments, as tables in float64 on the host.
+"""Languages to study: n-grams, hidden Markov models, pairs, parity, running sums.
 
-    ngram          P(v | context), rows Dirichlet(c) or softmax(s normal), perhaps cut to the
-                   largest k entries
-    hmm            each of S states has a few successors, s + 1 among them, and emits a few
-                   symbols; zeros elsewhere
-    pairs          x_{2j} uniform, x_{2j+1} the same
-    parity         blocks of g bits whose sum is even
-    running_sum    a free digit, then the sum so far and this digit modulo M, in turn
-    path           pi, A and B from an .npz
+    ngram         a table P [V]^n, or a random one: rows Dirichlet(c) or softmax(s N(0, 1))
+    hmm           random; of each state a few successors and a few symbols
+    pairs         x_{2j+1} = x_{2j}, uniform: the worst case of parallel writing
+    parity        blocks of g bits with an even sum
+    running_sum   a digit, then (sum so far + digit) mod M, and so on
 
-(Section 6.1 of the specification of arXiv:2502.09622.) In pairs, parity and running_sum a
-single parallel slip ruins a text that looks right token by token.
+(section 6.1 of the specification of arXiv:2502.09622.) Tables are made in float64 on the host;
+the same seed gives the same table everywhere.
 """
+
+from collections.abc import Callable
+from math import isfinite
 
 import numpy as np
 from jaxtyping import Float
@@ -22,8 +22,10 @@ from lm.languages.hmm import HMM, Language, NGram
 
 KINDS = ("ngram", "hmm", "pairs", "parity", "running_sum", "path")
 STARTS = ("stationary", "uniform")
-TRIES = 1000
-LARGEST = 2**24  # Numbers in the table of an n-gram.
+SMALLEST = 1e-30  # Probability that is drawn: float32 would round smaller ones to 0.
+LARGEST = 10**7  # Entries of a table
+TRIES = 10_000
+SUBSETS = 10_000
 
 
 def language(
@@ -43,57 +45,52 @@ def language(
     start: str,
     seed: int,
 ) -> Language:
-    """The language of a config; each kind reads its own fields.
+    """The language of a config, float64 on the host; a kind reads its own fields only.
 
     Args:
       kind: of `KINDS`.
-      path: an .npz; where it is given, nothing else is read.
-      vocab: V of ngram, hmm and pairs.
-      n: of ngram, from 2 up.
-      states, successors, emitted: of hmm.
-      concentration: of ngram, of the Dirichlet law of rows; 0: softmax of softmax_scale times
-        normal numbers.
-      support_k: of ngram, entries kept in each row; 0: all.
-      group: g of parity.
-      modulus: M of running_sum.
-      start: of ngram, the law of the first context: stationary or uniform.
-      seed: of the table.
+      path: an .npz with pi, A and B in the place of any kind; "": none.
+      vocab: V, of ngram, hmm and pairs.
+      n, concentration, softmax_scale, support_k: of `random_ngram`.
+      states, successors, emitted: of `random_hmm`.
+      group: g, of parity.
+      modulus: M, of running_sum.
+      start: of ngram and hmm, stationary or uniform.
+      seed: of ngram and hmm.
 
     Raises:
-      UserError: a field is out of range, or the file is no language.
+      UserError: a field is out of range, or the file holds no language.
     """
-    if path:
+    if kind not in KINDS:
+        raise reject("language.kind", kind, f"one of {', '.join(KINDS)}")
+    if path or kind == "path":
+        if not path:
+            raise reject("language.path", path, "an .npz with pi, A and B")
         return hmm.load(path)
-    if kind not in KINDS or kind == "path":
-        allowed = f"one of {', '.join(KINDS)}" if kind != "path" else "with language.path set"
-        raise reject("language.kind", kind, allowed)
-    rng = np.random.default_rng(seed)
-    if kind == "ngram":
-        return random_ngram(rng, vocab, n, concentration, softmax_scale, support_k, start)
-    if kind == "hmm":
-        return random_hmm(rng, states, vocab, successors, emitted)
     if kind == "pairs":
         return pairs(vocab)
     if kind == "parity":
         return parity(group)
-    return running_sum(modulus)
+    if kind == "running_sum":
+        return running_sum(modulus)
+    _whole("seed", seed, 0)
+    rng = np.random.default_rng(seed)
+    if kind == "hmm":
+        return random_hmm(rng, states, vocab, successors, emitted, start)
+    return random_ngram(rng, vocab, n, concentration, softmax_scale, support_k, start)
 
 
 def ngram(table: Float[np.ndarray, "..."], start: str = "stationary") -> NGram:
-    """A given P(v | context), [V] * n, with the law of its first context.
+    """The n-gram of a table P(next | context), shape [V] * n, oldest axis first.
+
+    Args:
+      start: law of the context that ends with the first token: stationary, so that a text is
+        a window of an endless one, or uniform.
 
     Raises:
-      UserError: the table is no law, or has no stationary one.
+      UserError: it is no table, or has no stationary law.
     """
-    table = np.asarray(table, np.float64)
-    v, shape = table.shape[-1], table.shape[:-1]
-    uniform = np.full(shape, 1 / v ** len(shape))
-    made = hmm.check(NGram(uniform, table))
-    if start not in STARTS:
-        raise reject("language.start", start, f"one of {', '.join(STARTS)}")
-    if start == "uniform":
-        return made
-    return NGram(_stationary(made).reshape(shape), table)
+    return _started(table, start)
 
 
 def random_ngram(
@@ -105,151 +102,221 @@ def random_ngram(
     support_k: int = 0,
     start: str = "stationary",
 ) -> NGram:
-    """A random table; drawn anew until all contexts reach each other and there is no period.
+    """Rows from Dirichlet(concentration), or with concentration 0 softmax(scale * N(0, 1)).
+
+    Args:
+      support_k: largest entries kept in each row, redrawn until the contexts are irreducible
+        and aperiodic; 0: all, and then every text is in the language.
 
     Raises:
-      UserError: a field is out of range, or no such table was found.
+      UserError: a number is out of range, or no such table is found.
     """
     _whole("vocab", vocab, 2)
     _whole("n", n, 2)
-    if vocab**n > LARGEST:
-        raise reject("language.n", n, f"such that vocab^n is at most {LARGEST}")
-    if not 0 <= support_k <= vocab:
-        raise reject("language.support_k", support_k, f"from 0 (all) to {vocab}")
+    _entries("n", n, vocab**n)
     for name, value in (("concentration", concentration), ("softmax_scale", softmax_scale)):
-        if not 0 <= value < float("inf"):
+        if not (isfinite(value) and value >= 0):
             raise reject(f"language.{name}", value, "a finite number from 0 up")
-    shape = (vocab,) * (n - 1)
-    for _ in range(TRIES):
+    _whole("support_k", support_k, 0, vocab)
+
+    def drawn():
         if concentration:
-            # So small a share that it would be a zero by rounding is none.
-            table = rng.dirichlet(np.full(vocab, concentration), shape)
-            table = np.maximum(table, 1e-12)
+            rows = rng.dirichlet(np.full(vocab, concentration), vocab ** (n - 1))
         else:
-            logits = softmax_scale * rng.standard_normal((*shape, vocab))
-            table = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            logits = softmax_scale * rng.standard_normal((vocab ** (n - 1), vocab))
+            rows = np.exp(logits - logits.max(axis=1, keepdims=True))
+        # Dirichlet rows of a small c can even be 0 / 0.
+        rows = np.maximum(np.nan_to_num(rows), SMALLEST)
         if support_k:
-            least = np.sort(table, axis=-1)[..., [-support_k]]
-            table = np.where(table >= least, table, 0)
-        table /= table.sum(axis=-1, keepdims=True)
-        made = NGram(np.full(shape, 1 / vocab ** (n - 1)), table)
-        if not support_k or _mixes(made):
-            return ngram(table, start)
-    raise reject(
-        "language.support_k", support_k, f"larger: {TRIES} random tables fell into classes"
-    )
+            rank = np.argsort(np.argsort(-rows, axis=1, kind="stable"), axis=1)
+            rows = np.where(rank < support_k, rows, 0)
+        return (rows / rows.sum(axis=1, keepdims=True)).reshape((vocab,) * n)
+
+    table = drawn()
+    if support_k:
+        what = "language.support_k", support_k, "larger: no chain of contexts is ergodic"
+        table = _ergodic(drawn, table, lambda table: _uniform(table), what)
+    return _started(table, start)
 
 
 def random_hmm(
-    rng: np.random.Generator, states: int, vocab: int, successors: int, emitted: int
+    rng: np.random.Generator,
+    states: int = 32,
+    vocab: int = 8,
+    successors: int = 2,
+    emitted: int = 2,
+    start: str = "stationary",
 ) -> HMM:
-    """Sparse transitions and emissions with Dirichlet(1) weights; the start is stationary.
+    """S states in a ring, each with other successors too, and with few symbols.
+
+    Args:
+      successors: of each state; s + 1 mod S is one of them, so the chain is irreducible.
+      emitted: symbols of each state. Weights of both are Dirichlet(1), all others exactly 0.
+      start: law of the first state, stationary or uniform.
 
     Raises:
-      UserError: a field is out of range, or no aperiodic chain was found.
+      UserError: a number is out of range, or the chain is periodic and shall be stationary.
     """
     _whole("states", states, 1)
-    _whole("vocab", vocab, 1)
-    for name, value, most in (("successors", successors, states), ("emitted", emitted, vocab)):
-        if not 1 <= value <= most:
-            raise reject(f"language.{name}", value, f"from 1 to {most}")
-    for _ in range(TRIES):
-        a, b = np.zeros((states, states)), np.zeros((states, vocab))
+    _whole("vocab", vocab, 2)
+    _whole("successors", successors, 1, states)
+    _whole("emitted", emitted, 1, vocab)
+    _entries("states", states, states * max(states, vocab))
+    _choice("start", start)
+
+    def rows(width, chosen, always):
+        table = np.zeros((states, width))
         for s in range(states):
-            following = (s + 1) % states
-            others = np.setdiff1d(np.arange(states), [following])
-            to = [following, *rng.permutation(others)[: successors - 1]]
-            a[s, to] = rng.dirichlet(np.ones(successors))
-            b[s, rng.permutation(vocab)[:emitted]] = rng.dirichlet(np.ones(emitted))
-        found = hmm.classes(a)
-        if found.closed.sum() == 1 and found.period[found.closed][0] == 1:
-            return hmm.check(HMM(hmm.stationary(a), a, b))
-    raise reject("language.successors", successors, "larger: all random chains were periodic")
+            rest = np.setdiff1d(np.arange(width), always(s))
+            added = rng.choice(rest, chosen - len(always(s)), replace=False)
+            own = np.concatenate([always(s), added]).astype(int)
+            table[s, own] = np.maximum(rng.dirichlet(np.ones(chosen)), SMALLEST)
+        return table / table.sum(axis=1, keepdims=True)
+
+    uniform = np.full(states, 1 / states)
+
+    def drawn():
+        a = rows(states, successors, lambda s: [(s + 1) % states])
+        return HMM(uniform, a, rows(vocab, emitted, lambda s: []))
+
+    found = drawn()
+    if start == "uniform":
+        return hmm.check(found)
+    if successors > 1:  # Else the ring is all there is.
+        what = "language.successors", successors, "larger: every chain is periodic"
+        found = _ergodic(drawn, found, lambda one: one, what)
+    return hmm.check(found._replace(pi=hmm.stationary(found)))
 
 
 def pairs(vocab: int) -> HMM:
-    """States (phase, v): the first of a pair is v, or the second is."""
+    """Independent pairs of equal tokens, uniform over V; states (phase, token).
+
+    Raises:
+      UserError: V is below 2.
+    """
     _whole("vocab", vocab, 2)
-    zero, eye = np.zeros((vocab, vocab)), np.eye(vocab)
-    uniform = np.full((vocab, vocab), 1 / vocab)
-    a = np.block([[zero, eye], [uniform, zero]])
-    pi = np.concatenate([np.full(vocab, 1 / vocab), np.zeros(vocab)])
-    return HMM(pi, a, np.concatenate([eye, eye]))
+    _entries("vocab", vocab, 4 * vocab**2)
+    even, zero = np.full((vocab, vocab), 1 / vocab), np.zeros((vocab, vocab))
+    same = np.eye(vocab)
+    pi = np.repeat([1 / vocab, 0], vocab)
+    return HMM(pi, np.block([[zero, same], [even, zero]]), np.concatenate([same, same]))
 
 
 def parity(group: int) -> HMM:
-    """States (phase, parity with this bit, this bit); the last bit of a block is forced."""
+    """Blocks of g bits whose sum is even; states (phase, parity so far, bit).
+
+    Raises:
+      UserError: g is below 2.
+    """
     _whole("group", group, 2)
-    place = {}
-    for phase in range(group):
-        for even in range(2):
-            for bit in range(2):
-                place[phase, even, bit] = len(place)
-    a, b = np.zeros((len(place), len(place))), np.zeros((len(place), 2))
-    for (phase, even, bit), s in place.items():
-        b[s, bit] = 1
-        following = (phase + 1) % group
-        before = 0 if following == 0 else even
-        if following == group - 1:
-            a[s, place[following, 0, before]] = 1
-        else:
-            for new in range(2):
-                a[s, place[following, before ^ new, new]] = 0.5
-    pi = np.zeros(len(place))
-    for bit in range(2):
-        pi[place[0, bit, bit]] = 0.5
+    _entries("group", group, (4 * group) ** 2)
+
+    def after(phase, odd):
+        """States at a phase, after those bits of the block."""
+        free = (odd,) if phase == group - 1 else (0, 1)
+        return [(phase, odd ^ bit, bit) for bit in free]
+
+    first = after(0, 0)
+    every = sorted({s for j in range(group) for odd in (0, 1) for s in after(j, odd)
+                    if j or not odd})  # fmt: skip
+    place = {state: i for i, state in enumerate(every)}
+    pi, a, b = np.zeros(len(every)), np.zeros((len(every),) * 2), np.zeros((len(every), 2))
+    for state in first:
+        pi[place[state]] = 1 / len(first)
+    for (phase, odd, bit), i in place.items():
+        b[i, bit] = 1
+        following = after(phase + 1, odd) if phase < group - 1 else first
+        for state in following:
+            a[i, place[state]] = 1 / len(following)
     return HMM(pi, a, b)
 
 
 def running_sum(modulus: int) -> HMM:
-    """States: M sums that were just written, then M * M (sum before, digit just written)."""
+    """A uniform digit and the sum of all digits so far, mod M, in turn; one slip ruins a text.
+
+    States: the sum just written (M), then (sum before, digit just written) (M^2).
+
+    Raises:
+      UserError: M is below 2.
+    """
     _whole("modulus", modulus, 2)
     m = modulus
-    of_digit = lambda total, digit: m + total * m + digit
-    count = m + m * m
-    a, b = np.zeros((count, count)), np.zeros((count, m))
-    for total in range(m):
-        b[total, total] = 1
-        for digit in range(m):
-            a[total, of_digit(total, digit)] = 1 / m
-            b[of_digit(total, digit), digit] = 1
-            a[of_digit(total, digit), (total + digit) % m] = 1
-    pi = np.zeros(count)
-    pi[[of_digit(0, digit) for digit in range(m)]] = 1 / m
-    return HMM(pi, a, b)
+    _entries("modulus", m, (m + m * m) ** 2)
+    total, digit = np.divmod(np.arange(m * m), m)
+    a = np.zeros((m + m * m,) * 2)
+    a[total, m + np.arange(m * m)] = 1 / m
+    a[m + np.arange(m * m), (total + digit) % m] = 1
+    pi = np.zeros(m + m * m)
+    pi[m : 2 * m] = 1 / m  # Nothing has been added up before the first digit.
+    return HMM(pi, a, np.concatenate([np.eye(m), np.eye(m)[digit]]))
 
 
-def informative(given: Language) -> bool:
-    """Whether some texts are impossible: without zeros SER is 0 and says nothing."""
-    return any((np.asarray(table) == 0).any() for table in given)
+def informative(language: Language) -> bool:
+    """Whether a text outside of the language exists: else its SER is 0 and says nothing.
 
-
-def _mixes(made: NGram) -> bool:
-    try:
-        _stationary(made)
-    except UserError:
+    Follows the sets of states that texts can lead to, the determinised support. Also True if
+    that is not settled after 10,000 sets.
+    """
+    table = hmm.check(language)
+    if isinstance(table, NGram) and (table.table > 0).all():
         return False
-    found = hmm.classes(hmm.dense(made).A)
-    return found.count == 1
+    moves, emits = hmm.transitions(table) > 0, hmm.emissions(table) > 0
+    sets = (hmm.initial(table) > 0)[None]
+    seen = {sets[0].tobytes()}
+    while len(sets) and len(seen) < SUBSETS:
+        left = (sets[:, None] & emits.T).reshape(-1, sets.shape[1])
+        if not left.any(axis=1).all():
+            return True
+        reached = np.unique((moves.T.astype(int) @ left.T.astype(int)).T > 0, axis=0)
+        sets = np.array([s for s in reached if s.tobytes() not in seen], bool)
+        seen |= {s.tobytes() for s in sets}
+    return len(sets) > 0
 
 
-def _stationary(made: NGram) -> np.ndarray:
-    """Of contexts; beyond a dense matrix by iterating, which full support makes converge."""
-    count, v = hmm.states(made), hmm.vocab(made)
-    if count <= 1024:
-        return hmm.stationary(hmm.dense(made).A)
-    if (np.asarray(made.table) == 0).any():
-        raise UserError(f"An n-gram of {count} contexts with zeros is too large to be checked.")
-    law = np.full(count, 1 / count)
-    table = np.asarray(made.table).reshape(v, -1, v)
-    for _ in range(100_000):
-        new = np.einsum("ok,okv->kv", law.reshape(v, -1), table).reshape(-1)
-        if np.abs(new - law).sum() < 1e-14:
-            return new / new.sum()
-        law = new
-    raise UserError("The stationary law of the contexts did not converge.")
+def _started(table: np.ndarray, start: str) -> NGram:
+    found = _uniform(table)
+    _choice("start", start)
+    if start == "stationary":
+        law = hmm.stationary(found)
+        found = found._replace(start=law.reshape(found.start.shape))
+    return found
 
 
-def _whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise reject(f"language.{name}", value, f"a whole number from {least} up")
+def _uniform(table: np.ndarray) -> NGram:
+    """The n-gram with a uniform start."""
+    shape = np.shape(table)[1:]
+    return hmm.check(NGram(np.full(shape, 1 / max(np.prod(shape), 1)), table))
+
+
+def _ergodic(drawn: Callable, first, as_language: Callable, what: tuple):
+    """The first draw whose chain is irreducible and aperiodic.
+
+    Raises:
+      UserError: `what`, if there is none.
+    """
+    found = first
+    for _ in range(TRIES):
+        if hmm.is_ergodic(as_language(found)):
+            return found
+        found = drawn()
+    raise reject(*what)
+
+
+def _whole(name: str, value, least: int, most: int | None = None) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, int | np.integer)
+    if wrong or value < least or (most is not None and value > most):
+        allowed = f"from {least} up" if most is None else f"from {least} to {most}"
+        raise reject(f"language.{name}", value, f"a whole number {allowed}")
+
+
+def _entries(name: str, value, entries: int) -> None:
+    if entries > LARGEST:
+        raise UserError(
+            f"config.language.{name} is {value!r}, which makes tables of {entries:.3g} numbers; "
+            f"{LARGEST:.0e} are allowed."
+        )
+
+
+def _choice(name: str, value) -> None:
+    if value not in STARTS:
+        raise reject(f"language.{name}", value, f"one of {', '.join(STARTS)}")

@@ -1,101 +1,117 @@
-"""What can be said exactly of a text: its probability, and whether the language has it.
+"""What a language says of texts, texts drawn from it, and measures of texts that are written.
 
-    log q(x) = sum_i log z_i,   z_i = sum_s c_i(s) B[s, x_i],   c_{i+1} = c_i B[., x_i] / z_i A
-    q(x) > 0  iff  the set of states that can have written x_0 ... x_i never is empty
+    log q(x) = sum_i log sum_s c_i(s) B(s, x_i)        scaled forward pass
+    support:   r <- (r and B(:, x_i) > 0) (A > 0)      boolean forward pass, exact
+    TER, generative = E_p[-log q(x)] / L,   SER = P_p[q(x) = 0]
 
-(Section 6.3 of the specification of arXiv:2502.09622.) The support is a pass over sets of
-states, exact in any precision; a log-likelihood may underflow. Scores of many texts and the
-entropies of n-grams (section 4) are here, too.
+(sections 4 and 6.3 of the specification of arXiv:2502.09622.) A generative TER can be below
+the entropy of the language where a sampler has collapsed: hence the entropies of n-grams.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from lm.languages import hmm
+from lm.languages.hmm import (
+    HMM,
+    Language,
+    choices,
+    emission,
+    follow,
+    forward,
+    initial,
+    messages,
+    normalised,
+    support,
+    vocab,
+)
 
 
-def log_prob(language: Any, x: Int[Array, "batch length"]) -> Float[Array, " batch"]:
-    """log q(x) in nats; -inf outside of the support.
+@jax.jit
+def log_prob(language: Language, x: Int[Array, "batch length"]) -> Float[Array, " batch"]:
+    """log q(x) in nats, -inf outside of the support.
 
     Args:
-      language: of `hmm.on_device`; its type is that of the result.
-      x: tokens below V.
+      language: of `hmm.on_device`; its type is the result's.
+      x: tokens; V is any token, which gives the log-probability of the others.
     """
-    first = hmm.start(language)
 
-    def body(carry, token):
-        c, total = carry
-        seen = c * hmm.emission(language, token)
-        z = seen.sum(axis=1)
-        scaled = seen / jnp.where(z == 0, 1.0, z)[:, None]
-        return (hmm.forward(language, scaled), total + jnp.log(z)), None
+    def step(c, x):
+        seen = c * emission(language, x)
+        return forward(language, normalised(seen)), jnp.log(jnp.sum(seen, axis=-1))
 
-    begin = jnp.broadcast_to(first, (len(x), first.size)), jnp.zeros(len(x), first.dtype)
-    (_, total), _ = jax.lax.scan(body, begin, x.T)
-    return total
+    start = messages(len(x), initial(language))
+    _, logs = jax.lax.scan(step, start, x.T)
+    return jnp.sum(logs, axis=0)
 
 
-def supported(language: Any, x: Int[Array, "batch length"]) -> Bool[Array, " batch"]:
-    """Whether q(x) > 0, by sets of states."""
-    allowed = jax.tree.map(lambda table: (table > 0).astype(jnp.float32), language)
-    first = hmm.start(allowed)
+@jax.jit
+def supported(language: Language, x: Int[Array, "batch length"]) -> Bool[Array, " batch"]:
+    """Whether q(x) > 0, exactly: no product of probabilities that could round to 0.
 
-    def body(alive, token):
-        alive = alive * hmm.emission(allowed, token)
-        # Counts of ways, at most S: exact in float32.
-        return (hmm.forward(allowed, alive) > 0).astype(jnp.float32), alive.any(axis=1)
+    Args:
+      language: of `hmm.on_device`.
+      x: tokens; V is any token.
+    """
+    paths = support(language)
 
-    begin = jnp.broadcast_to(first, (len(x), first.size))
-    return jnp.all(jax.lax.scan(body, begin, x.T)[1], axis=0)
+    def step(r, x):
+        seen = ((r > 0) & (emission(paths, x) > 0)).astype(jnp.float32)
+        # Numbers of states, at least 1 or exactly 0 in any precision.
+        return forward(paths, seen), jnp.any(seen > 0, axis=-1)
+
+    start = messages(len(x), initial(paths))
+    _, possible = jax.lax.scan(step, start, x.T)
+    return jnp.all(possible, axis=0)
 
 
 def draw(
-    key: Key[Array, ""], language: Any, batch: int, length: int
+    key: Key[Array, ""], language: Language, batch: int, length: int, first: int = 0
 ) -> Int[Array, "batch length"]:
-    """Texts of the language; text b depends on the key and b only."""
-    keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch))
+    """Texts first ... first + batch - 1 of the language: the same ones in batches of any size.
+
+    Args:
+      key: of all texts.
+      language: of `hmm.on_device`.
+    """
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(batch))
     return draw_each(keys, language, length)
 
 
+@partial(jax.jit, static_argnames="length")
 def draw_each(
-    keys: Key[Array, " batch"], language: Any, length: int
+    keys: Key[Array, " batch"], language: Language, length: int
 ) -> Int[Array, "batch length"]:
-    """One text for each key: states from left to right, and what they emit."""
-    v, count = hmm.vocab(language), hmm.states(language)
-    choose = lambda key, p: jax.random.categorical(key, jnp.log(p), mode="high")
+    """One text for each key, int32: ancestral over the states."""
+    log_pi, log_next = jnp.log(initial(language)), jnp.log(choices(language))
+    hidden = isinstance(language, HMM)
+    log_b = jnp.log(language.B) if hidden else None
 
-    def one(key):
-        def token(state, i):
-            if isinstance(language, hmm.NGram):
-                return state % v
-            return choose(jax.random.fold_in(key, 2 * i + 1), language.B[state])
+    def pick(keys, number, logits):
+        # Noise of one float32 uniform would leave out what is rarer than 1e-6.
+        one = lambda key, row: jax.random.categorical(
+            jax.random.fold_in(key, number), row, mode="high"
+        )
+        return jax.vmap(one)(keys, logits).astype(jnp.int32)
 
-        def following(state, i):
-            of_step = jax.random.fold_in(key, 2 * i + 2)
-            if isinstance(language, hmm.NGram):
-                rows = language.table.reshape(count, v)
-                return (state * v + choose(of_step, rows[state])) % count
-            return choose(of_step, language.A[state])
+    def step(state, i):
+        token = pick(keys, 2 * i + 1, log_b[state]) if hidden else state % vocab(language)
+        return follow(language, state, pick(keys, 2 * i + 2, log_next[state])), token
 
-        def body(state, i):
-            return following(state, i).astype(jnp.int32), token(state, i).astype(jnp.int32)
-
-        begin = choose(jax.random.fold_in(key, 0), hmm.start(language)).astype(jnp.int32)
-        return jax.lax.scan(body, begin, jnp.arange(length))[1]
-
-    return jax.vmap(one)(keys)
+    state = pick(keys, 0, jnp.broadcast_to(log_pi, (len(keys), len(log_pi))))
+    _, tokens = jax.lax.scan(step, state, jnp.arange(length))
+    return tokens.T
 
 
 class Generative(NamedTuple):
-    """E_p[-log q(x)] / L over the texts that the language has, and what share it has not.
-
-    Attributes:
-      mean, error: nats per token, and the standard error; NaN without any such text.
-      unsupported: share of the texts with q(x) = 0. They are in no mean: it would be infinite.
+    """Attributes:
+    mean: of -log q(x) / L over the supported texts, nats; NaN if there are none.
+    error: its standard error; NaN of fewer than two.
+    unsupported: share of texts with q(x) = 0.
     """
 
     mean: float
@@ -104,40 +120,50 @@ class Generative(NamedTuple):
 
 
 def generative(log_q: Float[np.ndarray, " texts"], length: int) -> Generative:
-    """The generative token error of texts, from their log q(x)."""
+    """The generative TER of texts; no infinity is averaged, none is floored.
+
+    Args:
+      log_q: of `log_prob`.
+      length: L.
+    """
     log_q = np.asarray(log_q, np.float64)
-    fine = np.isfinite(log_q)
-    some = -log_q[fine] / length
-    if not len(some):
-        return Generative(float("nan"), float("nan"), 1.0)
-    error = some.std(ddof=1) / np.sqrt(len(some)) if len(some) > 1 else float("nan")
-    return Generative(float(some.mean()), float(error), float(1 - fine.mean()))
+    right = np.isfinite(log_q)
+    nats = -log_q[right] / length
+    mean = nats.mean() if len(nats) else np.nan
+    error = nats.std(ddof=1) / np.sqrt(len(nats)) if len(nats) > 1 else np.nan
+    return Generative(float(mean), float(error), float(1 - right.mean()))
 
 
-def diversity(tokens: Int[np.ndarray, "texts length"], vocab: int) -> dict[str, float]:
-    """Entropies of n-grams of all texts together, nats, and distinct-n.
+def ngram_counts(
+    tokens: Integer[np.ndarray, "texts length"], vocab: int, n: int
+) -> Integer[np.ndarray, " found"]:
+    """How often each n-gram that occurs does; none where texts are shorter."""
+    length = tokens.shape[1]
+    if length < n:
+        return np.zeros(0, np.int64)
+    code = np.zeros((len(tokens), length - n + 1), np.int64)
+    for k in range(n):
+        code = code * vocab + tokens[:, k : length - n + 1 + k]
+    return np.unique(code, return_counts=True)[1]
+
+
+def diversity(tokens: Integer[np.ndarray, "texts length"], vocab: int) -> dict[str, float]:
+    """What a collapsed sampler lacks, whatever its texts are in.
 
     Returns:
-      entropy_n for n = 1, 2, 3 (of a whole n-gram, not per token) and distinct_n for n = 2, 3:
-      different n-grams over all n-grams. Those that do not fit a text are left out.
+      entropy_1, entropy_2, entropy_3: of the n-grams that occur, nats.
+      distinct_2, distinct_3: distinct n-grams over all. All are 0 where texts are shorter.
     """
-    tokens = np.asarray(tokens, np.int64)
     found = {}
     for n in (1, 2, 3):
-        width = tokens.shape[1] - n + 1
-        if width < 1:
-            continue
-        code = np.zeros((len(tokens), width), np.int64)
-        for i in range(n):
-            code = code * vocab + tokens[:, i : i + width]
-        _, number = np.unique(code, return_counts=True)
-        p = number / number.sum()
-        found[f"entropy_{n}"] = float(-(p * np.log(p)).sum())
+        counts = ngram_counts(tokens, vocab, n)
+        total = max(int(counts.sum()), 1)
+        found[f"entropy_{n}"] = float(-np.sum(counts / total * np.log(counts / total)))
         if n > 1:
-            found[f"distinct_{n}"] = float(len(number) / number.sum())
+            found[f"distinct_{n}"] = len(counts) / total
     return found
 
 
 def bits(nats: float) -> float:
     """Nats as bits."""
-    return nats / float(np.log(2))
+    return nats / np.log(2)

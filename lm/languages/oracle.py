@@ -1,80 +1,89 @@
-"""The exact denoiser: q(x_i | visible tokens) by messages from both sides.
+"""The exact denoiser of a language: q(x_i | visible tokens) by scaled forward-backward.
 
-    phi_i(s) = 1 if position i is masked, else B[s, x_i]
-    c_0 = pi,       c_{i+1} = normalise(c_i phi_i) A         of what is left of i
-    b_{L-1} = 1,    b_i = normalise(A (phi_{i+1} b_{i+1}))    of what is right of i
-    q(x_i = v | visible) ~ sum_s c_i(s) b_i(s) B[s, v]
+    phi_i(s) = B(s, x_i), or 1 where position i is masked
+    c_0 = pi,         c_{i+1} = normalise(c_i phi_i) A        given the tokens before i
+    b_{L-1} = 1,      b_{i-1} = A normalise(phi_i b_i)        those after i
+    q(x_i = v | visible) = normalise(sum_s c_i(s) b_i(s) B(s, v))
 
-(Section 6.2 of the specification of arXiv:2502.09622.) Two scans, O(L S^2) per text, O(L V^n)
-for an n-gram. Probabilities are scaled, not logarithms, so an exact zero stays zero. If a text
-cannot be, because an earlier parallel step made a slip, the message starts anew as uniform: its
-sequence error is decided already, and cannot depend on that choice.
+(section 6.2 of the specification of arXiv:2502.09622.) Neither c_i nor b_i knows x_i, so what
+is said of a visible position is q(x_i | the other visible ones): true at every position, where
+a sampler needs it at the masked ones only. Messages are probabilities, not logarithms, so what
+cannot be stays exactly 0.
+
+Where the visible tokens are impossible, by an earlier slip of a parallel step, a message that
+is 0 goes on as the uniform one. The text is outside of the language anyway.
 """
 
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lm.languages import hmm
-from lm.masked.denoiser import Denoiser, plain
+from lm.languages.evaluate import supported
+from lm.languages.hmm import (
+    Language,
+    backward,
+    emission,
+    forward,
+    initial,
+    messages,
+    normalised,
+    symbols,
+    vocab,
+)
+from lm.masked.denoiser import Denoiser, carry_over
 
 
 @cache
 def oracle(vocab: int) -> Denoiser:
-    """The denoiser of all languages of V tokens: its `params` are the language, on the device.
+    """The exact denoiser of all languages of V tokens, the mask being V; a static object.
 
-    So another table of the same shape is no other program.
+    Its parameters are the language on the device, data under jit. Two scans over the text,
+    each B S^2 products a position, or B V^n.
     """
-    return plain(lambda language, x: posterior(language, x)[0], vocab)
+    return Denoiser(vocab, vocab, marginals, lambda language, p: jnp.log(p))
 
 
-def posterior(
-    language: Any, x: Int[Array, "batch length"]
-) -> tuple[Float[Array, "batch length vocab"], Bool[Array, " batch"]]:
-    """log q(x_i | visible) and whether the visible tokens of a text are impossible.
+def marginals(
+    language: Language, x: Int[Array, "batch length"]
+) -> Float[Array, "batch length vocab"]:
+    """q(x_i = v | the visible tokens but x_i) at every position, in the language's type.
 
     Args:
-      language: of `hmm.on_device`; its type is that of the result.
+      language: of `hmm.on_device`.
+      x: tokens, V where masked.
+    """
+    tokens = x.T
+
+    def ahead(c, x):
+        return forward(language, normalised(c * emission(language, x))), c
+
+    def back(b, this):
+        x, c = this
+        found = symbols(language, normalised(c * b))
+        return backward(language, normalised(emission(language, x) * b)), normalised(found)
+
+    start = messages(len(x), initial(language))
+    _, before = jax.lax.scan(ahead, start, tokens)
+    last = jnp.ones_like(start)
+    _, found = jax.lax.scan(back, last, (tokens, before), reverse=True)
+    return jnp.swapaxes(found, 0, 1)
+
+
+@jax.jit
+def posterior(
+    language: Language, x: Int[Array, "batch length"]
+) -> tuple[Float[Array, "batch length vocab"], Bool[Array, " batch"]]:
+    """log q(x_i = v | visible tokens), with visible tokens certain.
+
+    Args:
+      language: of `hmm.on_device`.
       x: tokens, V where masked.
 
     Returns:
-      log-probabilities, -inf for exact zeros; at visible positions all is on the token.
+      log f, -inf where exactly 0, never NaN; and whether the visible tokens are impossible,
+      which makes the text's log f arbitrary.
     """
-    v, count = hmm.vocab(language), hmm.states(language)
-    first = hmm.start(language)
-    ones = jnp.ones((len(x), count), first.dtype)
-
-    def phi(token):
-        seen = hmm.emission(language, jnp.minimum(token, v - 1))
-        return jnp.where((token == v)[:, None], 1.0, seen)
-
-    def right(b, token):
-        # What comes out is of this position, what is carried on of the one before.
-        return _scaled(hmm.backward(language, phi(token) * b))[0], b
-
-    def left(carry, this):
-        c, bad = carry
-        token, b = this
-        belief, none = _scaled(c * b)
-        p = hmm.marginal(language, belief)
-        p = jnp.where((token == v)[:, None], p, jnp.arange(v) == token[:, None])
-        seen, never = _scaled(c * phi(token))
-        return (hmm.forward(language, seen), bad | none | never), p
-
-    _, after = jax.lax.scan(right, ones, x.T, reverse=True)
-    begin = jnp.broadcast_to(first, ones.shape), jnp.zeros(len(x), bool)
-    (_, bad), p = jax.lax.scan(left, begin, (x.T, after))
-    return jnp.log(p / p.sum(axis=-1, keepdims=True)).swapaxes(0, 1), bad
-
-
-def _scaled(
-    message: Float[Array, "batch states"],
-) -> tuple[Float[Array, "batch states"], Bool[Array, " batch"]]:
-    """The message with the sum 1; a message of zeros becomes uniform, and is told."""
-    total = message.sum(axis=-1, keepdims=True)
-    none = total == 0
-    uniform = 1 / message.shape[-1]
-    return jnp.where(none, uniform, message / jnp.where(none, 1.0, total)), none[:, 0]
+    log_f = jnp.log(marginals(language, x))
+    return carry_over(log_f, x, vocab(language)), ~supported(language, x)

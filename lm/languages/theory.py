@@ -1,108 +1,148 @@
-"""Closed forms of section 5.2: what parallel writing costs, token by token and text by text.
+"""Closed forms and bounds: what steps cost in tokens, in whole texts and in calls.
 
-w_0 ... w_{T-1} is the chance of a position to be filled in at each step; ancestral sampling
-with a uniform schedule has w = 1/T. All are of the exact denoiser.
+    SER <= 1 - exp(-L (log TER(p) - log TER(q)))       any sampler, any language
+    pairs:    gap = -(1/2) log(1 - c),  SER = 1 - (1 - c)^(L/2),  c = (1 - 1/V) sum_k w_k^2
+    parity:   gap = -(1/g) log(1 - tie/2),  SER = 1 - (1 - tie/2)^(L/g),
+              tie = 1 - g sum_k w_k a_k^(g-1),  a_k = w_0 + ... + w_{k-1}
+    calls of B texts = sum_k 1 - (1 - w_k)^(B L)       steps with nothing to fill in skipped
 
-    gap_T <= (h(0) - h(1)) / T, and T gap_T -> (h(0) - h(1)) / 2   any language
-    SER <= 1 - exp(-L (log TER(p) - log TER(q)))   any p and q
-    pairs    log TER(p) - log TER(q) = -1/2 log(1 - (1 - 1/V) sum w^2)
-             SER = 1 - (1 - (1 - 1/V) sum w^2)^(L/2)
-    parity   a block is wrong with chance 1/2 iff its last step has two positions or more
-
-(Feng et al., arXiv:2502.09622, sharpened; derived and checked by enumeration in the tests.)
+(section 5.2 of the specification of arXiv:2502.09622, all of the exact denoiser and ancestral
+sampling; with even weights w_k = 1/T they are its (5), (6) and (8).) tie is the chance that two
+positions of a block share its last step; then its sum is wrong half of the time. A pair or
+block that the end of the text cuts cannot be wrong. float64.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
-from scipy import optimize
 
 from common.errors import reject
 
-Weights = Float[np.ndarray, " steps"]
+LARGEST = 2**40
 
 
-def uniform(steps: int) -> Weights:
-    """w of a linear schedule on a uniform grid."""
+def even(steps: int) -> Float[np.ndarray, " steps"]:
+    """w_k = 1 / T: of the linear schedule on the uniform grid.
+
+    Raises:
+      UserError: T is below 1.
+    """
+    if steps < 1:
+        raise reject("theory.steps", steps, "a whole number from 1 up")
     return np.full(steps, 1 / steps)
 
 
-def pairs_token_gap(vocab: int, w: Weights) -> float:
-    """log TER(p) - log TER(q) of pairs, nats per token."""
-    return float(-0.5 * np.log1p(-(1 - 1 / vocab) * np.sum(w**2)))
+def pairs_wrong(vocab: int, weights: Float[np.ndarray, " steps"]) -> float:
+    """c: the chance that a pair is wrong."""
+    return (1 - 1 / vocab) * float(np.sum(np.square(weights)))
 
 
-def pairs_bound_gap(vocab: int, w: Weights) -> float:
-    """NELBO_T / L - H(q) / L of pairs: a tie costs the second of a pair log V."""
-    return float(0.5 * np.sum(w**2) * np.log(vocab))
+def pairs_gap(length: int, vocab: int, weights: Float[np.ndarray, " steps"]) -> float:
+    """log TER(p) - log TER(q) of the pairs language, nats per token."""
+    return -(length // 2) / length * float(np.log1p(-pairs_wrong(vocab, weights)))
 
 
-def pairs_ser(length: int, vocab: int, w: Weights) -> float:
-    """SER of L / 2 whole pairs."""
-    return float(-np.expm1(length // 2 * np.log1p(-(1 - 1 / vocab) * np.sum(w**2))))
+def pairs_ser(length: int, vocab: int, weights: Float[np.ndarray, " steps"]) -> float:
+    """SER of the pairs language."""
+    return _any_wrong(pairs_wrong(vocab, weights), length // 2)
 
 
-def parity_tie(group: int, w: Weights) -> float:
-    """The chance that the last step of a block fills in two of its positions or more."""
-    before = np.concatenate([[0.0], np.cumsum(w)[:-1]])
-    return float(1 - group * np.sum(w * before ** (group - 1)))
+def parity_tie(group: int, weights: Float[np.ndarray, " steps"]) -> float:
+    """The chance that the last step of a block of g bits fills in two of them or more."""
+    before = np.concatenate([[0.0], np.cumsum(weights)[:-1]])
+    return 1 - group * float(np.sum(weights * before ** (group - 1)))
 
 
-def parity_ser(length: int, group: int, w: Weights) -> float:
-    """SER of L / g whole blocks."""
-    return float(-np.expm1(length // group * np.log1p(-parity_tie(group, w) / 2)))
+def parity_gap(length: int, group: int, weights: Float[np.ndarray, " steps"]) -> float:
+    """log TER(p) - log TER(q) of the parity language, nats per token."""
+    return -(length // group) / length * float(np.log1p(-parity_tie(group, weights) / 2))
 
 
-def ser_bound(length: int, token_gap: float) -> float:
-    """The largest SER that a token gap admits, nats per token, data direction."""
-    return float(-np.expm1(-length * max(token_gap, 0.0)))
+def parity_ser(length: int, group: int, weights: Float[np.ndarray, " steps"]) -> float:
+    """SER of the parity language."""
+    return _any_wrong(parity_tie(group, weights) / 2, length // group)
 
 
-def gap_bound(h0: float, h1: float, steps: int) -> float:
-    """What gap_T cannot exceed with uniform weights; half of it is its limit."""
-    return (h0 - h1) / steps
+def ser_bound(length: int, gap: float) -> float:
+    """The largest SER of a sampler whose log TER is `gap` nats above the language's."""
+    return -float(np.expm1(-length * max(gap, 0.0)))
 
 
-def pairs_steps(length: int, vocab: int, ser: float) -> float:
-    """T of uniform weights at which pairs have this SER; a real number.
+def gap_bound(first: float, last: float, steps: int, learning: float = 0.0) -> float:
+    """(h(0) - h(1)) / T + eps_learning: the largest gap of T even steps, of any language.
 
-    Raises:
-      UserError: SER is not between 0 and 1.
-    """
-    _share(ser)
-    return float((1 - 1 / vocab) / -np.expm1(np.log1p(-ser) / (length / 2)))
-
-
-def parity_steps(length: int, group: int, ser: float) -> int:
-    """The fewest steps of uniform weights at which parity has at most this SER.
-
-    Raises:
-      UserError: SER is not between 0 and 1.
-    """
-    _share(ser)
-    above = lambda steps: parity_ser(length, group, uniform(max(1, round(steps)))) - ser
-    high = 1
-    while above(high) > 0:
-        high *= 2
-    if high == 1:
-        return 1
-    near = round(optimize.brentq(above, high / 2, high, xtol=0.5))
-    return next(t for t in range(max(1, near - 2), near + 3) if above(t) <= 0)
-
-
-def calls(length: int, w: Weights, texts: int = 1) -> float:
-    """Expected network calls where empty steps are skipped.
+    Without the learning error, gap_T * T goes to half of h(0) - h(1) as T grows.
 
     Args:
-      texts: 1: each text skips its own; else a batch skips what is empty for all of it.
+      first, last: h(0) and h(1), nats.
+      learning: eps_learning, nats.
     """
-    return float(np.sum(-np.expm1(length * texts * np.log1p(-np.minimum(w, 1 - 1e-16)))))
+    return (first - last) / steps + learning
 
 
-def break_even(length: int, decode: float, forward: float) -> float:
-    """T* = L t_decode / t_forward: with fewer steps a masked model is the faster one."""
-    return length * decode / forward
+def steps_enough(length: int, drop: float, ser: float, learning: float = 0.0) -> int:
+    """Steps at which the bounds promise a SER, whatever the language: proportional to L.
+
+    Args:
+      drop: h(0) - h(1), nats.
+      ser: the SER that is wanted, above 0 and below 1.
+      learning: eps_learning, nats.
+
+    Raises:
+      UserError: the learning error alone allows a larger SER.
+    """
+    _share(ser)
+    allowed = -np.log1p(-ser) / length
+    if learning >= allowed:
+        raise reject("theory.learning", learning, f"below -log(1 - SER) / L = {allowed:.3g}")
+    return max(1, int(np.ceil(drop / (allowed - learning))))
+
+
+def steps_for(ser: Callable[[int], float], target: float) -> int:
+    """The least T with ser(T) <= target, of a SER that falls with T, by bisection.
+
+    Args:
+      ser: for instance lambda steps: pairs_ser(length, vocab, even(steps)).
+      target: above 0 and below 1.
+    """
+    _share(target)
+    high = 1
+    while ser(high) > target:
+        high *= 2
+        if high > LARGEST:
+            raise reject("theory.ser", target, "a SER that more steps can reach")
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if ser(middle) > target else (low, middle)
+    return high
+
+
+def calls(length: int, weights: Float[np.ndarray, " steps"], batch: int = 1) -> float:
+    """Expected steps that fill in something, in any of `batch` texts: network calls.
+
+    Texts on their own clocks need `batch` = 1 each; a batch that only skips the steps that are
+    empty for all of its texts needs this of B texts.
+    """
+    return float(np.sum(-np.expm1(batch * length * np.log1p(-np.minimum(weights, 1 - 1e-16)))))
+
+
+def break_even(length: int, decode: float, call: float) -> float:
+    """T* = L t_decode / t_call: with fewer calls, masked diffusion is the faster one.
+
+    Args:
+      decode: seconds of one token of the autoregressive model with a cache, at some batch size.
+      call: seconds of one call over whole texts, at the same one.
+    """
+    return length * decode / call
+
+
+def _any_wrong(chance: float, count: int) -> float:
+    """The chance that one of `count` independent parts is wrong."""
+    return -float(np.expm1(count * np.log1p(-chance)))
 
 
 def _share(ser: float) -> None:
     if not 0 < ser < 1:
-        raise reject("ser", ser, "between 0 and 1")
+        raise reject("theory.ser", ser, "above 0 and below 1")

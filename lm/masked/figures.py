@@ -296,6 +296,7 @@ def efficiency(speed: dict, path: Path):
         axis.legend()
     caption = (
         "Break-even T*: with fewer steps the masked model writes faster than the "
-        "autoregressive one with its cache. It falls with the batch: a speed-up at one batch is no result."
+        "autoregressive one with its cache. It falls with the batch: a speed-up at one batch "
+        "is no result."
     )
     return [(caption, path)]

@@ -52,13 +52,7 @@ def token_gap(
     language = table(config)
     if not information.first_order(language):
         return None
-    entropy = information.entropy(language, length).value / length
-    found = []
-    for n in steps:
-        w = ancestral(config, n)
-        visible = np.concatenate([[0.0], np.cumsum(w)[:-1]])
-        found.append(w @ information.exact_curve(language, length, visible) - entropy)
-    return np.array(found)
+    return np.array([information.gap(language, length, ancestral(config, n)) for n in steps])
 
 
 def exact_gap(run: Run, steps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

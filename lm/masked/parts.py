@@ -1,7 +1,7 @@
 """What training, judging and the actions of a masked diffusion run share, made once.
 
 A model has a row for every token, one for the mask (V; of "ar" the start symbol) and, where
-texts are cut short, one for what is beyond the end (V + 1).
+texts are shorter than L, one for what is beyond the end (V + 1).
 """
 
 from collections.abc import Callable
@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from common import mesh as meshes
+from common.errors import reject
 from lm import corpus, tokenizers, transformer
 from lm.languages import evaluate as judge
 from lm.languages.oracle import oracle
-from lm.masked import autoregressive, curve, networks
+from lm.masked import autoregressive, curve, networks, objective
 from lm.masked.denoiser import Denoiser
 from lm.masked.texts import Source, of_corpus, of_language
 
@@ -42,6 +43,7 @@ class Parts(NamedTuple):
     mask: int
     pad: int | None
     curve: Callable
+    count: Callable
     likelihood: Callable
     evaluate: Callable | None = None
 
@@ -53,7 +55,7 @@ def parts_of(config) -> Parts:
       UserError: the text, the language or the model cannot be.
     """
     source = source_of(config)
-    pad = source.vocab + 1 if config.objective.cut and config.kind == "mdm" else None
+    pad = source.vocab + 1 if _padded(config) else None
     fields = dict(
         config.model,
         vocab=source.vocab + 1 + (pad is not None),
@@ -71,6 +73,7 @@ def parts_of(config) -> Parts:
         mask,
         pad,
         jax.jit(partial(_curve, source, denoiser, config.objective.prompt)),
+        jax.jit(partial(_count, source, denoiser)),
         jax.jit(partial(_likelihood, source, model, mask, config.objective.prompt)),
     )
 
@@ -85,7 +88,19 @@ def source_of(config) -> Source:
     if config.language.kind or config.language.path:
         return of_language(config)
     train, valid = corpus.pair(**config.data)
-    return of_corpus(config, train, valid, max(reader(train).vocab_size, train.vocab))
+    least = max(reader(train).vocab_size, train.vocab)
+    if config.vocab and config.vocab < least:
+        raise reject("vocab", config.vocab, f"0 or at least {least}, as the tokenizer has")
+    vocab = config.vocab or least
+    pad = vocab + 1 if _padded(config) else None
+    return of_corpus(config, train, valid, vocab, pad)
+
+
+def _padded(config) -> bool:
+    """Whether a masked model needs a token for what is beyond the end of a text."""
+    text = not (config.language.kind or config.language.path)
+    ragged = text and not (config.data.pack or config.objective.pad_loss)
+    return config.kind == "mdm" and bool(ragged or config.objective.cut)
 
 
 def reader(text: corpus.Corpus) -> tokenizers.Tokenizer:
@@ -112,6 +127,19 @@ def _curve(source, denoiser, prompt, params, batch, key, start):
             "entropy": tally(entropy),
         }
     return meshes.replicate(found)
+
+
+def _count(source, denoiser, params, batch, key, start):
+    """One draw of the count objective of each text, stratified over all of them."""
+    x, free = source.texts(batch)
+    total = jnp.sum(free, axis=1)
+    golden = (start + jnp.arange(len(x))) * 0.6180339887498949 % 1.0
+    n = 1 + jnp.minimum((golden * total).astype(jnp.int32), jnp.maximum(total - 1, 0))
+    masked = objective.chosen(jax.random.uniform(key, x.shape), free, n)
+    noised = objective.Noised(jnp.where(masked, denoiser.mask, x), masked, total / n)
+    losses = objective.masked_losses(denoiser, params, x, noised)
+    nats = noised.weight * jnp.sum(losses, axis=1)
+    return meshes.replicate(jnp.stack([nats, total.astype(nats.dtype)]))
 
 
 def _likelihood(source, model, mask, prompt, params, batch):

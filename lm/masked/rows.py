@@ -142,7 +142,7 @@ def _learned(base: dict, config, found: dict, name: str) -> list[dict]:
         if name in ("first_hitting", AR):
             row["ter_bound"] = found["nats"]
             row["gap"], row["gap_error"] = found.get("gap"), found.get("gap_error")
-        if bound is not None:
+        if bound is not None and "h" in found:
             gap = curve.linear(found["h"], found["h_error"], bound)
             row["ter_bound"] = gap.value + (found.get("entropy") or 0.0)
             if found.get("entropy") is not None:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from common import data
 from common.errors import reject
 from lm import batches, corpus
 from lm.languages import build, evaluate, hmm
@@ -30,7 +29,8 @@ class Source(NamedTuple):
       language: on the device, float32; None for a corpus.
       batch: host; step -> arrays, for `Experiment.batch`.
       texts: traced; such arrays -> (x int32 [B, L], free bool [B, L]): the tokens, and those
-        that are the answer. Others are given, or no text.
+        that are the answer. Others are a prompt, `pad`, or text that no loss is asked for.
+      ragged: whether texts are shorter than L, with `pad` after their end.
       held_out: host; number of texts, batch size -> batches of exactly that size.
       train, valid: the corpora; None for a language.
     """
@@ -40,6 +40,7 @@ class Source(NamedTuple):
     batch: Callable[[int], dict]
     texts: Callable[[dict], tuple[Array, Array]]
     held_out: Callable[[int, int], Iterator[dict]]
+    ragged: bool = False
     train: corpus.Corpus | None = None
     valid: corpus.Corpus | None = None
 
@@ -64,7 +65,10 @@ def of_language(config) -> Source:
         first = step * size
         chosen = np.arange(first, first + size)
         if number:
-            chosen = data.indices(step, number, size, seed)
+            epochs, places = np.divmod(chosen, number)
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                chosen[here] = batches.permute(places[here], number, (seed, int(epoch)))
         return {"text": chosen.astype(np.int32), "part": np.full(size, TRAINING, np.int32)}
 
     def texts(batch):
@@ -97,22 +101,37 @@ def keys_of(
     return jax.vmap(one)(part, text)
 
 
-def of_corpus(config, train: corpus.Corpus, valid: corpus.Corpus, vocab: int) -> Source:
-    """Windows, or documents, of a corpus.
+def of_corpus(
+    config, train: corpus.Corpus, valid: corpus.Corpus, vocab: int, pad: int | None
+) -> Source:
+    """Windows of a corpus, or its documents, one a row.
+
+    Documents that are shorter than a row are followed by `pad`, which is neither seen nor
+    predicted; or, with `objective.pad_loss`, by the tokenizer's own fill, which is a part of
+    the text like any other, as in LLaDA's fine-tuning: the model learns to end.
 
     Args:
       vocab: one more than the largest token that a model shall know.
+      pad: the token after an end; None: the tokenizer's fill.
     """
     settings, length = config.data, config.length
     seed = config.seed + settings.order_seed
+    whole = config.objective.pad_loss
     if settings.pack:
         made = batches.packed(train, config.batch_size, length, seed)
     else:
-        made = batches.rows(train, config.batch_size, length + 1, seed, settings.end_cut)
+        made = batches.rows(train, config.batch_size, length, seed, settings.end_cut)
 
     def targets(found):
-        # The token before a window is no part of it: a text has L tokens, all predicted.
-        return {"x": found["tokens"][:, 1:], "free": found["mask"]}
+        # Of a window the token before it is no part: a text has L tokens, all predicted.
+        x, free = found["tokens"], found["mask"]
+        if settings.pack:
+            return {"x": x[:, 1:], "free": free}
+        # A document has its own first token, which the rows' mask, of targets, leaves out.
+        free = np.concatenate([free.any(axis=1)[:, None], free], axis=1)
+        if whole:
+            return {"x": x, "free": np.broadcast_to(free[:, :1], free.shape)}
+        return {"x": x if pad is None else np.where(free, x, pad), "free": free}
 
     def texts(batch):
         x = batch["x"]
@@ -120,12 +139,13 @@ def of_corpus(config, train: corpus.Corpus, valid: corpus.Corpus, vocab: int) ->
 
     def held_out(count, size):
         found = batches.validation(
-            valid, size, length + (not settings.pack), count * length,
-            settings.pack, settings.end_cut,
-        )  # fmt: skip
+            valid, size, length, count * length, settings.pack, settings.end_cut
+        )
         yield from (targets(one) for one in found)
 
-    return Source(vocab, None, lambda step: targets(made(step)), texts, held_out, train, valid)
+    ragged = not (settings.pack or whole)
+    new = lambda step: targets(made(step))
+    return Source(vocab, None, new, texts, held_out, ragged, train, valid)
 
 
 def _answer(x: Int[Array, "batch length"], prompt: int) -> Bool[Array, "batch length"]:
