@@ -7,10 +7,10 @@
 
 arXiv:2502.09622. Sizes for a CPU: test; small, a little of everything; e1, token errors of the
 exact denoiser against steps; e2, its sequence errors; samplers, all of them on a sparse HMM;
-e3, learned n-grams; e4, learned pairs, parity and sums; hmm, a learned sparse HMM; e5, speed beside
-an autoregressive model; text (E6), bytes of a real text; language, any pi, A, B of an .npz. Of
-the paper and of others: paper, formal languages at 25 M parameters; paper_theory, lengths to
-2048; owt, MDLM's OpenWebText at 130 M; lm1b; llada, 8 B. Their text is a STORE of
+e3, learned n-grams; e4, learned pairs, parity and sums; hmm, a learned sparse HMM; e5, speed
+beside an autoregressive model; text (E6), bytes of a real text; language, any pi, A and B of an
+.npz. Of the paper and of others: paper, formal languages at 25 M parameters; paper_theory,
+lengths to 2048; owt, MDLM's OpenWebText at 130 M; lm1b; llada, 8 B. Their text is a STORE of
 `python -m lm.prepare`, --config.data.path.
 """
 

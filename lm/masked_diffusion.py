@@ -31,7 +31,7 @@ from common import mesh as meshes
 from common.errors import reject
 from common.experiment import Experiment
 from lm import transformer
-from lm.masked import actions, autoregressive, curve, objective, report, sweep
+from lm.masked import actions, autoregressive, curve, objective, report, settings, sweep
 from lm.masked.parts import judged_params, parts_of
 from lm.modules import modules
 from optim import ema
@@ -109,7 +109,7 @@ def make(config) -> Experiment:
 def _mdm_loss(config, parts):
     """Nats per predicted token, one draw of the objective."""
     denoiser, length = parts.denoiser, config.length
-    settings = objective.objective(
+    wanted = objective.objective(
         **{
             k: v
             for k, v in config.objective.items()
@@ -126,7 +126,7 @@ def _mdm_loss(config, parts):
             inside = jnp.arange(length) < end
             x, free = jnp.where(inside, x, parts.pad), free & inside
         key = jax.random.fold_in(key, 0)
-        nats, _, _ = objective.nelbo(key, settings, denoiser, params, x, free)
+        nats, _, _ = objective.nelbo(key, wanted, denoiser, params, x, free)
         return _mean(nats, jnp.sum(free, axis=1), config.objective.per)
 
     return loss
@@ -261,5 +261,10 @@ def _check(config) -> None:
     for name in ("texts", "draws", "samples"):
         if config.eval[name] < 1:
             raise reject(f"eval.{name}", config.eval[name], "a whole number from 1 up")
+    if config.kind == "mdm":
+        for kind in config.eval.samplers:
+            sweep.variants(config, kind)
+        made = settings.settings(**config.sampler)
+        settings.fit(made, config.length, 2**31)
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise reject("model.dtype", "float64", "another one, or config.x64 True")

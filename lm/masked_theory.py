@@ -26,6 +26,7 @@ from common.experiment import Experiment, Run
 from lm.languages import build, evaluate, hmm
 from lm.languages.oracle import oracle
 from lm.masked import curve, enumeration, known, report, settings
+from lm.masked.denoiser import denoise
 from lm.masked.ladder import ladder
 from lm.masked.texts import HELD_OUT, keys_of
 
@@ -111,7 +112,7 @@ def make(config) -> Experiment:
             entropies.append(jnp.stack([jnp.float32(size), entropy.sum(), (entropy**2).sum()]))
             if config.theory.curve:
                 of_curve = jax.random.fold_in(jax.random.fold_in(key, 0), i)
-                found = curve.measured(of_curve, denoiser, language, x, first, entropy)
+                found = _curve(of_curve, denoiser, language, x, first, entropy)
                 curves.append(curve.added(state.curves[i], found))
         cells, wrong = {}, []
         for j, name in enumerate(config.theory.samplers):
@@ -159,6 +160,25 @@ def rungs(config, name: str, length: int, vocab: int) -> list[settings.Settings]
     return fitted[:1] if name in settings.FREE_RUNNING else fitted
 
 
+def _curve(key, denoiser, language, x, first, entropy) -> curve.Curve:
+    """The curve of a batch, from all positions.
+
+    The exact denoiser says what a visible token was to be expected to be from the others, too:
+    a text with n visible tokens counts for h_n and for h_{n-1}.
+    """
+    length = x.shape[1]
+    noised, visible = curve.prepared(key, x, first, denoiser.mask)
+    log_f = denoise(denoiser, language, noised.x)
+    loss = -jnp.take_along_axis(log_f, x[..., None], axis=-1)[..., 0]
+    mean = lambda where: (
+        jnp.sum(jnp.where(where, loss, 0.0), axis=1) / jnp.maximum(jnp.sum(where, axis=1), 1)
+    )
+    masked = curve.tallied(visible, mean(noised.masked) - entropy, length)
+    others = mean(~noised.masked) - entropy
+    seen = curve.tallied(jnp.maximum(visible - 1, 0), others, length, visible > 0)
+    return curve.added(masked, seen)
+
+
 def _cells(key, denoiser, language, size, length, made) -> Cells:
     found = ladder(key, denoiser, language, size, length, made)
     steps = len(made)
@@ -183,7 +203,7 @@ def _evaluate(config, table, ladders, state: State, key) -> dict:
       entropy_L, entropy_error_L: of the texts drawn, nats per token.
       h_L, h_error_L: h_n less the entropy of the same texts.
       nelbo_L, nelbo_error_L: the same of NELBO / L: zero, up to the error.
-      gap_steps, gap_L, gap_error_L: gap_T of ancestral sampling at `gap_steps`.
+      gap_steps_L, gap_L, gap_error_L: gap_T of ancestral sampling.
       steps_SAMPLER_L, ser_, ser_error_, ter_, ter_error_, unsupported_, calls_, rounds_
       exact_steps, exact_ser, exact_ter, exact_kl: of texts of `theory.exact` tokens.
     """
@@ -214,9 +234,12 @@ def _evaluate(config, table, ladders, state: State, key) -> dict:
 def _gaps(config, found: curve.Curve, length: int) -> dict:
     h, error = curve.information(found)
     whole = curve.combined(found, curve.whole(length))
-    made = [s for s in rungs(config, "ancestral", length, 2**31) if s.steps]
-    weights = [known.ancestral(config, s.steps) for s in made]
-    gaps = [curve.combined(found, curve.ancestral(length, w)) for w in weights]
+    made = rungs(config, "ancestral", length, 2**31)
+    # NELBO_T less NELBO, both of the same h_n: what they share in error cancels.
+    gaps = [
+        curve.combined(found, curve.excess(known.ancestral(config, s.steps), length))
+        for s in made
+    ]
     return {
         f"h_{length}": h,
         f"h_error_{length}": error,

@@ -312,8 +312,8 @@ def _whole(name: str, value, least: int, most: int | None = None) -> None:
 def _entries(name: str, value, entries: int) -> None:
     if entries > LARGEST:
         raise UserError(
-            f"config.language.{name} is {value!r}, which makes tables of {entries:.3g} numbers; "
-            f"{LARGEST:.0e} are allowed."
+            f"config.language.{name} is {value!r}, which makes a table of {entries:.3g} "
+            f"numbers, but at most {LARGEST:.0e} are allowed."
         )
 
 

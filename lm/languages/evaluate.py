@@ -137,10 +137,8 @@ def generative(log_q: Float[np.ndarray, " texts"], length: int) -> Generative:
 def ngram_counts(
     tokens: Integer[np.ndarray, "texts length"], vocab: int, n: int
 ) -> Integer[np.ndarray, " found"]:
-    """How often each n-gram that occurs does; none where texts are shorter."""
+    """How often each n-gram that occurs does, for n up to L."""
     length = tokens.shape[1]
-    if length < n:
-        return np.zeros(0, np.int64)
     code = np.zeros((len(tokens), length - n + 1), np.int64)
     for k in range(n):
         code = code * vocab + tokens[:, k : length - n + 1 + k]
@@ -151,16 +149,17 @@ def diversity(tokens: Integer[np.ndarray, "texts length"], vocab: int) -> dict[s
     """What a collapsed sampler lacks, whatever its texts are in.
 
     Returns:
-      entropy_1, entropy_2, entropy_3: of the n-grams that occur, nats.
-      distinct_2, distinct_3: distinct n-grams over all. All are 0 where texts are shorter.
+      entropy_1, entropy_2, entropy_3: of whole n-grams, all texts together, nats.
+      distinct_2, distinct_3: different n-grams over all. What is longer than a text is left
+        out.
     """
     found = {}
-    for n in (1, 2, 3):
+    for n in range(1, min(3, tokens.shape[1]) + 1):
         counts = ngram_counts(tokens, vocab, n)
-        total = max(int(counts.sum()), 1)
-        found[f"entropy_{n}"] = float(-np.sum(counts / total * np.log(counts / total)))
+        p = counts / counts.sum()
+        found[f"entropy_{n}"] = float(-np.sum(p * np.log(p)))
         if n > 1:
-            found[f"distinct_{n}"] = len(counts) / total
+            found[f"distinct_{n}"] = len(counts) / int(counts.sum())
     return found
 
 

@@ -72,7 +72,7 @@ def order(language: NGram) -> int:
     return language.table.ndim
 
 
-def initial(language: Language) -> Float[Array, " states"]:
+def initial(language: Language) -> Float[Array | np.ndarray, " states"]:
     """Law of the state at the first token."""
     return language[0].reshape(-1)
 
@@ -295,8 +295,9 @@ def classes(language: Language) -> list[Class]:
 
 def is_ergodic(language: Language) -> bool:
     """Whether a checked language's chain of states is irreducible and aperiodic."""
-    found = classes(language)
-    return len(found) == 1 and found[0].period == 1
+    a = transitions(language)
+    count = csgraph.connected_components(a, connection="strong", return_labels=False)
+    return count == 1 and _period(a) == 1
 
 
 def refuse_non_ergodic(language: Language) -> None:
@@ -305,9 +306,9 @@ def refuse_non_ergodic(language: Language) -> None:
     Raises:
       UserError: with the classes, their periods, and which of them are closed.
     """
-    found = classes(language)
-    if len(found) == 1 and found[0].period == 1:
+    if is_ergodic(language):
         return
+    found = classes(language)
     said = [
         f"{_listed(one.states)} ({'closed' if one.closed else 'left for ever'}, "
         f"period {one.period or 'none'})"

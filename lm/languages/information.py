@@ -38,7 +38,8 @@ from lm.languages.oracle import oracle
 from lm.masked.curve import Estimate
 from lm.masked.denoiser import denoise
 
-BELIEFS = 4096  # Laws of the state that texts can lead to, for an exact entropy
+BELIEFS = 1024  # Laws of the state that texts can lead to, for an exact entropy
+NUMBERS = 10**7  # and what one step of them may hold
 SAME = 11  # Decimals to which two of them must agree to be one
 BATCH = 256
 
@@ -115,9 +116,7 @@ def exact_counts(language: Language, length: int) -> Float[np.ndarray, " {length
     return _curve(language, length, chance(0), chance(1), chance(2))
 
 
-def nelbo(
-    h: Float[np.ndarray, " steps"], weights: Float[np.ndarray, " steps"]
-) -> float:
+def nelbo(h: Float[np.ndarray, " steps"], weights: Float[np.ndarray, " steps"]) -> float:
     """NELBO_T / L from h(a_k) at the visible shares of `shares`."""
     return float(np.dot(weights, h))
 
@@ -212,9 +211,9 @@ def _laws(table: HMM, length: int) -> np.ndarray:
     return np.array(found)
 
 
-def _entropy(p: np.ndarray) -> np.ndarray:
+def _entropy(p: Float[np.ndarray, "*laws n"]) -> Float[np.ndarray, "*laws"]:
     """Of laws along the last axis."""
-    return -xlogy(p, p).sum(axis=-1)
+    return np.asarray(-xlogy(p, p).sum(axis=-1))
 
 
 def _log_binomial(n, k):
@@ -248,7 +247,7 @@ def _by_beliefs(table: HMM, length: int) -> float | None:
         _, first, same = np.unique(
             new.round(SAME), axis=0, return_index=True, return_inverse=True
         )
-        if len(first) > BELIEFS:
+        if len(first) > BELIEFS or len(first) * table.B.size > NUMBERS:
             return None
         beliefs, chance = new[first], np.bincount(same.reshape(-1), chance)
     return float(found)

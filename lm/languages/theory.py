@@ -1,9 +1,11 @@
 """Closed forms and bounds: what steps cost in tokens, in whole texts and in calls.
 
     SER <= 1 - exp(-L (log TER(p) - log TER(q)))       any sampler, any language
-    pairs:    gap = -(1/2) log(1 - c),  SER = 1 - (1 - c)^(L/2),  c = (1 - 1/V) sum_k w_k^2
-    parity:   gap = -(1/g) log(1 - tie/2),  SER = 1 - (1 - tie/2)^(L/g),
-              tie = 1 - g sum_k w_k a_k^(g-1),  a_k = w_0 + ... + w_{k-1}
+    pairs:    tie = sum_k w_k^2,  c = (1 - 1/V) tie
+              gap = -(1/2) log(1 - c),  SER = 1 - (1 - c)^(L/2)
+    parity:   tie = 1 - g sum_k w_k a_k^(g-1),  a_k = w_0 + ... + w_{k-1}
+              gap = -(1/g) log(1 - tie/2),  SER = 1 - (1 - tie/2)^(L/g)
+    of NELBO_T / L: gap = tie log(V) / 2 of pairs, tie log(2) / g of parity
     calls of B texts = sum_k 1 - (1 - w_k)^(B L)       steps with nothing to fill in skipped
 
 (section 5.2 of the specification of arXiv:2502.09622, all of the exact denoiser and ancestral
@@ -43,6 +45,11 @@ def pairs_gap(length: int, vocab: int, weights: Float[np.ndarray, " steps"]) -> 
     return -(length // 2) / length * float(np.log1p(-pairs_wrong(vocab, weights)))
 
 
+def pairs_nelbo_gap(length: int, vocab: int, weights: Float[np.ndarray, " steps"]) -> float:
+    """gap_T = NELBO_T / L - H(q) / L of pairs: with a tie the second token costs log V, too."""
+    return (length // 2) / length * float(np.sum(np.square(weights)) * np.log(vocab))
+
+
 def pairs_ser(length: int, vocab: int, weights: Float[np.ndarray, " steps"]) -> float:
     """SER of the pairs language."""
     return _any_wrong(pairs_wrong(vocab, weights), length // 2)
@@ -57,6 +64,11 @@ def parity_tie(group: int, weights: Float[np.ndarray, " steps"]) -> float:
 def parity_gap(length: int, group: int, weights: Float[np.ndarray, " steps"]) -> float:
     """log TER(p) - log TER(q) of the parity language, nats per token."""
     return -(length // group) / length * float(np.log1p(-parity_tie(group, weights) / 2))
+
+
+def parity_nelbo_gap(length: int, group: int, weights: Float[np.ndarray, " steps"]) -> float:
+    """gap_T of parity: with a tie the last bit costs log 2, too."""
+    return (length // group) / length * float(parity_tie(group, weights) * np.log(2))
 
 
 def parity_ser(length: int, group: int, weights: Float[np.ndarray, " steps"]) -> float:

@@ -132,6 +132,7 @@ def _run(key, params, prompt, stop, first, *, cached, model, length, settings, s
     batch, given = prompt.shape
     keys = each(key, batch, first)
     x = jnp.full((batch, length), jnp.maximum(stop, 0)).at[:, :given].set(prompt)
+    x = meshes.shared(x)
     # The start symbol is no part of the text: token i is written from the row's first i + 1.
     row = _shifted(x, start)
 

@@ -122,6 +122,7 @@ class _State(NamedTuple):
 def _run(
     key, params, x, data, first, refresh, *, model, denoiser, settings, dual, block, pad
 ):  # fmt: skip
+    x = meshes.shared(x)
     batch, length = x.shape
     blocks = length // block
     write = _writer(each(key, batch, first), denoiser, params, x, settings, data, block)

@@ -158,3 +158,11 @@ def grouped(length: int, sizes: Int[np.ndarray, " steps"]) -> Float[np.ndarray, 
     before = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
     np.add.at(found, before[sizes > 0], sizes[sizes > 0] / length)
     return found
+
+
+def excess(weights: Float[np.ndarray, " steps"], length: int) -> Float[np.ndarray, " length"]:
+    """Coefficients of NELBO_T / L - NELBO / L, which sum up to 0.
+
+    Nearly all errors of the h_n cancel at a large T; of the exact denoiser it is gap_T.
+    """
+    return ancestral(length, weights) - whole(length)

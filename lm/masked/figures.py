@@ -78,15 +78,13 @@ def token_errors(runs: dict[str, Run], rows: list[dict], path: Path):
                 curve = known.token_gap(config, length, steps)
                 if curve is not None:
                     axis.plot(steps, curve, color=plots.colour(i), lw=1)
-                h = last(runs[each[0]["run"]])[f"h_{length}"]
                 if i == 0:
+                    drop = np.subtract(*known.ends(config, length))
                     grid = np.geomspace(1, max(steps), 50)
-                    axis.plot(
-                        grid, (h[0] - h[-1]) / grid / 2, "k--", lw=1, label="(h(0) - h(1)) / 2T"
-                    )
+                    axis.plot(grid, drop / grid / 2, "k--", lw=1, label="(h(0) - h(1)) / 2T")
                     axis.plot(
                         grid,
-                        (h[0] - h[-1]) / grid,
+                        drop / grid,
                         "k:",
                         lw=1,
                         label="bound, (h(0) - h(1)) / T",

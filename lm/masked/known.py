@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -55,27 +56,24 @@ def token_gap(
     return np.array([information.gap(language, length, ancestral(config, n)) for n in steps])
 
 
+def ends(config, length: int) -> tuple[float, float]:
+    """h(0) and h(1) of the exact denoiser; by Monte Carlo where there is no exact curve."""
+    language, a = table(config), np.array([0.0, 1.0])
+    if information.first_order(language):
+        return tuple(information.exact_curve(language, length, a).tolist())
+    device = hmm.on_device(language)
+    h, _ = information.sampled(jax.random.key(0), device, length, a, 1024)
+    return tuple(h.tolist())
+
+
 def exact_gap(run: Run, steps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """gap_T of the exact denoiser on the held-out texts of a trained masked run."""
     found = last(run)
-    length = len(found["exact"])
-    return np.array(
-        [
-            curve.linear(
-                found["exact"],
-                found["exact_error"],
-                curve.ancestral(length, ancestral(run.config, n)),
-            ).value
-            for n in steps
-        ]
-    )
+    h, error = found["exact"], found["exact_error"]
+    weights = [ancestral(run.config, n) for n in steps]
+    return np.array([curve.linear(h, error, curve.excess(w, len(h))).value for w in weights])
 
 
 def full_support(config) -> bool:
     """Whether every text is in the language."""
     return not build.informative(table(config))
-
-
-def vocab(config) -> int:
-    """V."""
-    return hmm.vocab(table(config))

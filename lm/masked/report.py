@@ -191,15 +191,14 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
     made = []
     for name, each in by_variant([r for r in found if r["kind"] == THEORY]).items():
-        config, evaluated = runs[each[0]["run"]].config, last(runs[each[0]["run"]])
-        lines = []
+        config, lines = runs[each[0]["run"]].config, []
+        drops = {n: np.subtract(*known.ends(config, n)) for n in {r["length"] for r in each}}
         for (sampler, length, steps), group in points(each):
             ser, error = mean(group, "ser")
             closed = known.sequence_error(config, length, np.array([steps]))
             closed = None if closed is None or sampler != "ancestral" else float(closed[0])
             gap = mean(group, "gap")
-            h = evaluated.get(f"h_{length}")
-            bound = (h[0] - h[-1]) / steps if h is not None and gap[1] is not None else None
+            bound = drops[length] / steps if gap[1] is not None else None
             ter, ter_error = mean(group, "ter")
             entropy, _ = mean(group, "entropy")
             rate = -np.log(1 - ser) * steps / length if 0 < ser < 1 else None

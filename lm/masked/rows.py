@@ -143,10 +143,11 @@ def _learned(base: dict, config, found: dict, name: str) -> list[dict]:
             row["ter_bound"] = found["nats"]
             row["gap"], row["gap_error"] = found.get("gap"), found.get("gap_error")
         if bound is not None and "h" in found:
-            gap = curve.linear(found["h"], found["h_error"], bound)
-            row["ter_bound"] = gap.value + (found.get("entropy") or 0.0)
-            if found.get("entropy") is not None:
-                row["gap"], row["gap_error"] = gap
+            more = curve.linear(found["h"], found["h_error"], bound - curve.whole(total))
+            row["ter_bound"] = found["nats"] + more.value
+            if found.get("gap") is not None:
+                row["gap"] = found["gap"] + more.value
+                row["gap_error"] = float(np.hypot(found["gap_error"], more.error))
         made.append(row)
     return made
 

@@ -1,6 +1,7 @@
 """LLaDA's files: names, shards, and the function against NumPy, with its own names only."""
 
 import json
+from functools import cache
 
 import chex
 import jax
@@ -23,10 +24,13 @@ FIELDS = dict(
 MASK, CLASSES = 12, 14
 
 
+@cache
 def made(**changes):
-    params = transformer(**FIELDS | changes).init(jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), params)
+    """Parameters as after training: norms away from one."""
+    params = jax.jit(transformer(**FIELDS | changes).init)(jax.random.key(0))
+    rng = np.random.default_rng(1)
+    noise = lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32)
+    return jax.tree.map(noise, params)
 
 
 def exported(folder, **changes):

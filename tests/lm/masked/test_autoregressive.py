@@ -66,23 +66,21 @@ def test_tokens_are_drawn_one_after_the_other(write):
     assert found.rounds == L
 
 
-@pytest.mark.parametrize(
-    "fields", [dict(temperature=0.0), dict(temperature=0.6, top_k=3), dict(top_p=0.5)]
-)
-def test_with_and_without_a_cache_texts_are_the_same(fields):
-    made = settings(**fields)
+def test_with_and_without_a_cache_texts_are_the_same():
+    made = settings(temperature=0.6, top_k=4, top_p=0.9)
+    found, plain = (f(KEY, MODEL, PARAMS, 3, L, made, V) for f in (ar, ar_nocache))
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+
+
+def test_without_temperature_the_most_probable_tokens_follow_a_prompt():
     prompt = np.array([[1, 2], [0, 4], [3, 3]], np.int32)
-    for given in (None, prompt):
-        found, plain = (
-            f(KEY, MODEL, PARAMS, 3, L, made, V, prompt=given) for f in (ar, ar_nocache)
-        )
-        np.testing.assert_array_equal(found.tokens, plain.tokens)
-    np.testing.assert_array_equal(found.tokens[:, :2], prompt)
-    np.testing.assert_array_equal(found.when[:, :2], -1)
-    assert (found.calls == L - 2).all()
-    if made.temperature == 0:
-        x = np.array(found.tokens)
+    for write in (ar, ar_nocache):
+        found = write(KEY, MODEL, PARAMS, 3, L, settings(temperature=0.0), V, prompt=prompt)
+        x = np.asarray(found.tokens)
+        np.testing.assert_array_equal(x[:, :2], prompt)
         np.testing.assert_array_equal(conditionals(x)[:, 2:].argmax(-1), x[:, 2:])
+        np.testing.assert_array_equal(found.when[:, :2], -1)
+        assert (found.calls == L - 2).all()
 
 
 def test_frequencies_are_the_models_probabilities():
@@ -130,7 +128,6 @@ def test_a_prompt_that_is_the_whole_text_needs_no_call():
 def test_tokens_from_vocab_on_are_never_drawn():
     found = ar(KEY, MODEL, PARAMS, 200, 3, PLAIN, V, vocab=3)
     assert set(np.unique(found.tokens)) == {0, 1, 2}
-    assert V in np.asarray(ar(KEY, MODEL, PARAMS, 200, 3, PLAIN, V, vocab=V + 1).tokens)
 
 
 @pytest.mark.parametrize(

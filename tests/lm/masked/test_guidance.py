@@ -90,9 +90,7 @@ def test_a_sampler_with_guidance_keeps_the_prompt_and_compiles_once():
     for one in found:
         np.testing.assert_array_equal(np.asarray(one.tokens)[PROMPTED], X[PROMPTED])
     once = len(traced)
-    sample(
-        jax.random.key(1), lean, Guided(PARAMS, PROMPTED, np.float32(1)), 2, 5, made, prompt
-    )
+    sample(jax.random.key(1), lean, Guided(PARAMS, PROMPTED, np.float32(1)), 2, 5, made, prompt)
     assert len(traced) == once
     plainly = sample(jax.random.key(0), DENOISER, PARAMS, 2, 5, made, prompt)
     np.testing.assert_array_equal(found[0].tokens, plainly.tokens)

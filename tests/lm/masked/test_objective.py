@@ -139,9 +139,7 @@ def test_exact_zeros_elsewhere_do_no_harm():
 
 def test_shards_draw_what_one_device_draws():
     x = jnp.asarray(np.tile(EVERY, (2, 1)))
-    function = jax.jit(
-        lambda x: objective.nelbo(jax.random.key(5), made(), EXACT, PARAMS, x)
-    )
+    function = jax.jit(lambda x: objective.nelbo(jax.random.key(5), made(), EXACT, PARAMS, x))
     want = function(x)
     mesh = meshes.make(devices=jax.devices()[:8])
     with jax.set_mesh(mesh):
@@ -233,9 +231,7 @@ def test_coefficients_by_hand():
 def test_some_texts_and_the_tokens_of_a_prompt_do_not_count():
     x = jnp.asarray(EVERY)
     counted = jnp.arange(len(EVERY)) < 6
-    found = curve.measured(
-        jax.random.key(0), EXACT, PARAMS, x, 0, counted=counted, prompt=1
-    )
+    found = curve.measured(jax.random.key(0), EXACT, PARAMS, x, 0, counted=counted, prompt=1)
     assert found.texts.tolist() == [2, 2, 2]
     # With all but one visible the loss is known: the last position's, or another's.
     nothing = curve.measured(jax.random.key(0), EXACT, PARAMS, x, 0, counted=x[:, 0] < 0)
