@@ -5,8 +5,7 @@
 
 Section 9 of the specification of Feng et al., arXiv:2502.09622. Networks have random weights in
 float32, T = L / 4 where steps are a setting, and a time is the least of `repeats` calls, peers
-in turn in one process; of fewer, at least three, where a round of all peers is so long that
-they would take more than so many seconds.
+in turn in one process; of fewer, at least three, where all would take longer than `seconds`.
 
     samplers     all nine, blocks with either cache and none, and autoregression with and
                  without a cache. Random weights are never sure of a token, so threshold and
@@ -14,7 +13,7 @@ they would take more than so many seconds.
     loop         `sample` in one program against one program a step called T times by Python,
                  with logits of all positions, as public libraries do, and against the same in
                  plain PyTorch, if there is torch (`uv run --with torch ...`)
-    gather       the head for the 8 positions of a step against all 64, V = 8192
+    gather       logits and noise of the 8 positions of a step against all 64, V = 8192
     oracle       512 texts of 256 tokens, an HMM of 64 states, T = 64
     programs     what is compiled when T, schedule, tau, block or the language change
 
@@ -28,7 +27,7 @@ import os
 import sys
 import time
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +43,24 @@ from lm.transformer import transformer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # An event of JAX, one a program.
 NORM_EPS, ROPE_BASE = 1e-6, 1e4
+CHANGES = (  # Pairs of settings that differ in data only.
+    dict(kind="ancestral", steps=(8, 12), schedule=("linear", "cosine"), block=(0, 8)),
+    dict(kind="count", steps=(8, 16), block=(0, 8)),
+    dict(kind="confidence", steps=(8, 16), block=(0, 8)),
+    dict(kind="threshold", tau=(0.9, 0.5), block=(0, 4)),
+    dict(kind="entropy_bound", gamma=(0.1, 0.3)),
+    dict(kind="remask", steps=(8, 13), eta=(0.02, 0.1), grid=("uniform", "cosine")),
+    dict(kind="count", steps=(8, 16), block=8, cache="prefix"),
+    dict(kind="confidence", steps=(8, 16), block=8, cache="dual"),
+)
+
+
+class Found(NamedTuple):
+    """The least seconds of some rounds, and network calls of a text; None: not known."""
+
+    seconds: float
+    rounds: int
+    calls: float | None
 
 
 def main(*arguments: str) -> None:
@@ -55,38 +72,36 @@ def main(*arguments: str) -> None:
     flags.add_argument("--repeats", type=int, default=20)
     flags.add_argument("--seconds", type=float, default=60.0)
     f = flags.parse_args(arguments)
-    if f.length < 8 or f.length % 8:
-        raise SystemExit(f"--length is {f.length}, but must be a multiple of 8.")
+    if f.length < 16 or f.length % 16:
+        raise SystemExit(f"--length is {f.length}, but must be a multiple of 16.")
     batches = [int(b) for b in f.batches.split(",")]
     limits = f.repeats, f.seconds
     sizes = f.vocab, f.width, f.depth
-    print(
-        f"L = {f.length}, T = {f.length // 4}, V = {f.vocab}, {f.depth} layers of {f.width}; "
-    )
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores\n", flush=True)
+    print(f"L = {f.length}, T = {f.length // 4}, V = {f.vocab}, {f.depth} layers of {f.width},")
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores.\n", flush=True)
 
-    rows = {b: best(samplers(*sizes, f.length, b), *limits) for b in batches}
-    print(tokens_table(rows, f.length), flush=True)
-    rows = {b: best(loops(*sizes, f.length, b), *limits) for b in batches}
-    print(tokens_table(rows, f.length), flush=True)
+    for batch in batches:
+        found = best(samplers(*sizes, f.length, batch), *limits)
+        print(tokens_table(found, f.length, batch), flush=True)
+    bars = []
+    for batch in batches:
+        found = best(loops(*sizes, f.length, batch), *limits)
+        print(tokens_table(found, f.length, batch), flush=True)
+        ratio = found["step by step"].seconds / found["one program"].seconds
+        bar = 1.3 if batch == 1 else 1.0
+        bars.append((f"step by step / one program, batch {batch}", ratio, ">=", bar))
     if there("torch"):
-        print(
-            f"torch's logits of the same weights: {torch_difference(*sizes, f.length):.1e} off\n"
-        )
+        off = torch_difference(*sizes, f.length)
+        print(f"Logits of torch with the same weights are {off:.1e} of the largest off.\n")
     else:
-        print("torch is not installed: no comparison with it.\n")
-    ratios = {b: rows[b]["step by step"][0] / rows[b]["one program"][0] for b in batches}
-    bars = [
-        (f"step by step / one program, batch {b}", ratios[b], ">=", 1.3 if b == 1 else 1.0)
-        for b in batches
-    ]
+        print("No torch is installed to compare with.\n")
     for batch in (1, 8):
-        took, text = gather(64, 8192, 128, 2, 8, batch, *limits)
+        ratio, text = gather(64, 8192, 128, 2, 8, batch, *limits)
         print(text, flush=True)
-        bars.append((f"whole logits / 8 rows, batch {batch}", took, ">=", 3.0))
+        bars.append((f"whole logits / 8 rows, batch {batch}", ratio, ">=", 3.0))
     first, again = oracle_seconds(512, 256, 64, 64)
     print(f"Oracle: {first:.1f} s with compilation, {again:.1f} s without.")
-    bars.append(("oracle, with compilation, s", first, "<=", 60.0))
+    bars.append(("oracle with compilation, seconds", first, "<=", 60.0))
     bars.append(("programs compiled by other settings", compilations(), "<=", 0))
     sys.exit(report(bars))
 
@@ -108,10 +123,10 @@ def samplers(vocab: int, width: int, depth: int, length: int, batch: int) -> dic
     key = jax.random.key(1)
     plain = partial(sample.sample, key, denoiser, params, batch, length)
     found = {kind: partial(plain, made(kind=kind)) for kind in KINDS}
-    block = dict(kind="confidence", block=length // 8)
-    found["confidence, 8 blocks"] = partial(plain, made(**block))
+    block = dict(kind="confidence", block=length // 4)
+    found["confidence, 4 blocks"] = partial(plain, made(**block))
     for cache in ("prefix", "dual"):
-        found[f"confidence, 8 blocks, {cache} cache"] = partial(
+        found[f"confidence, 4 blocks, {cache} cache"] = partial(
             blocks.sample_cached,
             key, model, params, batch, length, made(**block, cache=cache), vocab,
         )  # fmt: skip
@@ -132,9 +147,11 @@ def loops(vocab: int, width: int, depth: int, length: int, batch: int) -> dict[s
     }
     if there("torch"):
         torch = importlib.import_module("torch")
-        torch.set_num_threads(os.cpu_count())
         weights = torch_weights(torch, params)
-        found["torch"] = partial(by_torch, torch, weights, vocab, batch, length, made)
+        for threads in sorted({1, os.cpu_count()}):
+            found[f"torch, threads: {threads}"] = partial(
+                by_torch, torch, weights, vocab, batch, length, made, threads
+            )
     return found
 
 
@@ -160,11 +177,11 @@ def gather(
 ) -> tuple[float, str]:
     """A step that fills `rows` positions in, by their logits and by those of all positions.
 
-    The latter twice: with the noise of the sampler's draws, which gives the same texts, and
-    with that of `jax.random.categorical`, which is cheaper.
+    The latter twice: with the noise that the sampler draws, which gives the same texts, and
+    with a plain `jax.random.categorical`.
 
     Returns:
-      the seconds of the cheaper one by those of the sampler, and a line of them all.
+      the seconds of the faster of these two by those of the sampler, and a line of them all.
     """
     model, params = network(vocab, width, depth)
     denoiser, key = networks.denoiser(model, vocab), jax.random.key(1)
@@ -178,10 +195,13 @@ def gather(
         "whole, plain noise": lambda: whole(mask(), settings=None),
     }
     same = np.mean(np.asarray(functions["gathered"]()) == functions["whole, same noise"]())
-    took = best(functions, repeats, limit)
-    each = ", ".join(f"{name} {1e3 * s / steps:.2f}" for name, (s, *_) in took.items())
-    text = f"A step, V = {vocab}, batch {batch}, in ms: {each}; {100 * same:.1f} % same tokens."
-    return took["whole, plain noise"][0] / took["gathered"][0], text
+    took = {n: f.seconds / steps for n, f in best(functions, repeats, limit).items()}
+    each = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in took.items())
+    text = (
+        f"A step, V = {vocab}, batch {batch}, ms: {each}; {100 * same:.1f} % the same tokens."
+    )
+    ours, *others = took.values()
+    return min(others) / ours, text
 
 
 @partial(jax.jit, static_argnames=("denoiser", "settings"), donate_argnames="x")
@@ -190,12 +210,13 @@ def every_row(key, params, data, x, *, denoiser, settings):
     keys = categorical.each(key, len(x))
     k = plans.planned(categorical.fold(keys, 0), "count", data, x == denoiser.mask)
     when, keys = plans.when(k), categorical.fold(keys, 1)
+    spare = jax.random.fold_in(key, len(x))  # Of the text after the last.
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape)
 
     def body(k, x):
         log_f = denoise(denoiser, params, x)
         if settings is None:
-            token = jax.random.categorical(jax.random.fold_in(key, k), log_f).astype(x.dtype)
+            token = jax.random.categorical(jax.random.fold_in(spare, k), log_f).astype(x.dtype)
         else:
             token = categorical.draw(keys, settings, log_f, positions)
         return jnp.where(when == k, token, x)
@@ -216,9 +237,10 @@ def oracle_seconds(batch: int, length: int, states: int, steps: int) -> tuple[fl
     return first, min(alternately({"": write}, 2)[""])
 
 
-def compilations(length: int = 32, batch: int = 2) -> int:
-    """Programs made by other values of what is data, after the first of each kind."""
+def compilations(changes: tuple = CHANGES, length: int = 32, batch: int = 2) -> int:
+    """Programs made by other settings, keys and tables, after the first of each kind."""
     tables = [build.random_hmm(np.random.default_rng(seed), 8) for seed in range(2)]
+    languages = [hmm.on_device(table) for table in tables]
     denoiser = oracle.oracle(hmm.vocab(tables[0]))
     model, params = network(8, 16, 1)
     count = 0
@@ -227,30 +249,18 @@ def compilations(length: int = 32, batch: int = 2) -> int:
         nonlocal count
         count += event == COMPILED
 
-    def write(seed, made):
-        key, language = jax.random.key(seed), hmm.on_device(tables[seed])
-        sample.sample(key, denoiser, language, batch, length, made)
-
-    def cached(seed, made):
-        key = jax.random.key(seed)
-        blocks.sample_cached(key, model, params, batch, length, made, 8)
-
-    several = {
-        "ancestral": dict(steps=(8, 13), schedule=("linear", "cosine"), grid=("uniform", "cosine")),
-        "count": dict(steps=(8, 16), block=(0, 8)),
-        "confidence": dict(steps=(8, 16), block=(0, 8)),
-        "threshold": dict(tau=(0.9, 0.5), block=(0, 4)),
-        "entropy_bound": dict(gamma=(0.1, 0.3)),
-        "remask": dict(steps=(8, 13), eta=(0.02, 0.1)),
-    }  # fmt: skip
     jax.monitoring.register_event_duration_secs_listener(seen)
     try:
-        for seed in range(2):
-            count = 0  # Of the second round only what is new counts.
-            for kind, fields in several.items():
-                write(seed, settings(kind=kind, **{n: v[seed] for n, v in fields.items()}))
-            for cache in ("prefix", "dual"):
-                cached(seed, settings(steps=(8, 16)[seed], block=8, cache=cache))
+        for turn, language in enumerate(languages):
+            count = 0  # Only what is new in the second turn counts.
+            key = jax.random.key(turn)
+            for fields in changes:
+                of_turn = lambda v, turn=turn: v[turn] if isinstance(v, tuple) else v
+                made = settings(**{name: of_turn(v) for name, v in fields.items()})
+                if made.cache == "none":
+                    sample.sample(key, denoiser, language, batch, length, made)
+                else:
+                    blocks.sample_cached(key, model, params, batch, length, made, 8)
     finally:
         jax.monitoring.unregister_event_duration_listener(seen)
     return count
@@ -286,8 +296,11 @@ def torch_logits(torch: Any, p: Any, x: Any) -> Any:
     return norm(h, p["norm"]["scale"]) @ p["head"]["kernel"]
 
 
-def by_torch(torch: Any, weights: Any, vocab: int, batch: int, length: int, made: Settings):
-    """The ancestral loop as it is written down, in PyTorch: texts [B, L] in NumPy."""
+def by_torch(
+    torch: Any, weights: Any, vocab: int, batch: int, length: int, made: Settings, threads: int
+) -> np.ndarray:
+    """The ancestral loop as it is written down, in PyTorch: texts [B, L]."""
+    torch.set_num_threads(threads)
     with torch.inference_mode():
         x = torch.full((batch, length), vocab)
         for share in reveal.ratios(made):
@@ -310,30 +323,30 @@ def torch_difference(vocab: int, width: int, depth: int, length: int) -> float:
     return float(np.abs(theirs - ours).max() / np.abs(ours).max())
 
 
-def best(functions: dict[str, Any], repeats: int, limit: float) -> dict[str, tuple]:
-    """The least seconds of each function, of how many rounds, and its calls if it has some."""
-    found = alternately(functions, 1)
-    rounds = min(repeats - 1, max(2, int(limit / sum(t[0] for t in found.values()))))
-    more = alternately(functions, rounds) if rounds else dict.fromkeys(found, [])
-    calls = {
-        name: float(np.mean(result.calls)) if isinstance(result, sample.Result) else None
-        for name, result in ((name, function()) for name, function in functions.items())
-    }
-    return {n: (min(found[n] + more[n]), 1 + rounds, calls[n]) for n in functions}
+def best(functions: dict[str, Any], repeats: int, limit: float) -> dict[str, Found]:
+    """Times functions in turn, `repeats` rounds, or as many as take `limit` seconds."""
+    results = {name: function() for name, function in functions.items()}
+    times = alternately(functions, min(3, repeats))
+    once = sum(min(several) for several in times.values())
+    more = min(repeats - 3, int(limit / once) - 3)
+    if more > 0:
+        again = alternately(functions, more)
+        times = {name: several + again[name] for name, several in times.items()}
+    calls = lambda x: float(np.mean(x.calls)) if isinstance(x, sample.Result) else None
+    return {n: Found(min(t), len(t), calls(results[n])) for n, t in times.items()}
 
 
-def tokens_table(rows: dict[int, dict[str, tuple]], length: int) -> str:
-    """Markdown: tokens a second, and network calls of a text, by batch."""
-    several = next(iter(rows.values()))
-    rounds = ", ".join(str(next(iter(found.values()))[1]) for found in rows.values())
+def tokens_table(found: dict[str, Found], length: int, batch: int) -> str:
+    """Markdown: tokens a second, and network calls of a text."""
+    rounds = next(iter(found.values())).rounds
     lines = [
-        f"| tokens a second, best of {rounds} | {' | '.join(f'batch {b}' for b in rows)} | calls |",
-        "|---" * (2 + len(rows)) + "|",
+        f"| batch {batch}, best of {rounds} | ms | tokens a second | calls |",
+        "|---|---|---|---|",
     ]
-    for name in several:
-        speed = " | ".join(f"{b * length / rows[b][name][0]:,.0f}" for b in rows)
-        calls = several[name][2]
-        lines.append(f"| {name} | {speed} | {'' if calls is None else f'{calls:.1f}'} |")
+    for name, (seconds, _, calls) in found.items():
+        calls = "" if calls is None else f"{calls:.1f}"
+        speed = f"{batch * length / seconds:,.0f}"
+        lines.append(f"| {name} | {1e3 * seconds:.2f} | {speed} | {calls} |")
     return "\n".join([*lines, ""])
 
 

@@ -41,7 +41,7 @@ def get_config(size: str = "small"):
         support_k=0,  # ngram: largest entries kept in each row; 0: all
         group=4,  # parity
         modulus=5,  # running_sum
-        start="stationary",  # ngram: or uniform
+        start="stationary",  # ngram, hmm: or uniform
         seed=0,  # of the table
         texts=0,  # in the training set; 0: always new ones
     )
@@ -311,9 +311,10 @@ def _sizes() -> dict:
         "text": dict(
             language=dict(kind=""),
             length=128,
-            steps=4000,
-            model=dict(dim=128, mlp=344, depth=4, unroll=4),
-            optim=dict(learning_rate=2e-3, weight_decay=0.1),
+            steps=3000,
+            batch_size=32,
+            model=dict(dim=96, mlp=256, depth=3),
+            optim=dict(learning_rate=4e-3, weight_decay=0.1),
             eval=dict(
                 texts=800, draws=4, samples=128, steps=(2, 4, 8, 16, 32, 64, 128),
                 samplers=("ancestral", "confidence"),

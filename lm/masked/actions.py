@@ -166,11 +166,11 @@ def export(config, parts: Parts, run: Run, folder: Path) -> str:
     _no_input(run)
     gathered = jax.jit(meshes.replicate)
     params = jax.tree.map(lambda a: jax.device_get(gathered(a)), judged_params(run.state()))
-    fields = {k: v for k, v in parts.fields.items() if k != "causal"}
+    fields, length = parts.fields, config.length
     if config.kind == "ar":
-        first(lambda: weights.export(params, fields, folder, length=config.length))
+        first(lambda: weights.export(params, fields, folder, length=length))
         return f"{folder}: LlamaForCausalLM, start symbol {parts.mask}."
-    first(lambda: llada.export(params, fields, folder, mask=parts.mask, length=config.length))
+    first(lambda: llada.export(params, fields, folder, mask=parts.mask, length=length))
     return f"{folder}: LLaDA's names, mask {parts.mask}."
 
 

@@ -12,8 +12,9 @@ candidate is drawn at every masked position and committed with the token that wa
 scores are of f itself: temperature, top_k and top_p change candidates only. Where the order
 depends on the text the law is distorted, even for an exact denoiser.
 
-Ties are broken at random, by noise of 1e-9 of a score. In float32 that would be lost, so it is
-64 rounding errors there, and what is still equal is sorted by the noise itself.
+Ties are broken at random. Scores that agree to 4 digits are ties: all positions of a text of
+masks have the same score but for a network's rounding, which depends on the devices and must
+not decide.
 """
 
 from typing import Any
@@ -27,6 +28,8 @@ from lm.masked.denoiser import Denoiser
 from lm.masked.plans import group, group_size, in_block
 from lm.masked.reveal import over_rows
 from lm.masked.settings import QUOTA, Numbers, Settings, rows
+
+DIGITS = 2**14  # Of scores, as far as they are told apart.
 
 
 def commit(
@@ -95,8 +98,9 @@ def taken(
 
     def one(key, score, free, quota):
         u = jax.random.uniform(key, score.shape, score.dtype)
-        noisy = score * (1 + max(1e-9, 64 * float(jnp.finfo(score.dtype).eps)) * u)
-        badness = jnp.where(free, -noisy, jnp.inf)
+        mantissa, exponent = jnp.frexp(score)
+        coarse = jnp.ldexp(jnp.round(mantissa * DIGITS) / DIGITS, exponent)
+        badness = jnp.where(free, -coarse, jnp.inf)
         places = jnp.arange(len(score))
         order = jax.lax.sort((badness, u, places), num_keys=2)[2]
         rank = jnp.zeros_like(places).at[order].set(places)

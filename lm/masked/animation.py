@@ -82,5 +82,5 @@ def _wrapped(line: str) -> list[str]:
     return [line[i : i + COLUMNS] for i in range(0, len(line), COLUMNS)]
 
 
-def _put(axis, height: float, line: str) -> None:
+def _put(axis, height: int, line: str) -> None:
     axis.text(0, height, line, family="monospace", fontsize=9, parse_math=False)

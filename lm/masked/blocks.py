@@ -142,7 +142,7 @@ def _run(
             h, cache = model.window(params, cache, s.x[:, slots], start, *where)
             return write(s, h[:, :block], start), cache
 
-        fresh = s.rounds - 1
+        fresh = s.rounds - 1  # The call that filled the cache.
         going = lambda carry: (
             (current(carry[0].x) == start // block) & (carry[0].rounds - fresh < refresh)
         )

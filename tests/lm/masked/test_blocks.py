@@ -27,8 +27,12 @@ KINDS = {
 
 
 def prompt():
-    """Free: all; a middle with a whole block given; nothing but one token; a ragged end."""
+    """Free: all but one; a middle with a whole block given; one token; a ragged end.
+
+    Without any token all positions would be alike, and rounding would choose among them.
+    """
     x = np.full((B, L), V, np.int32)
+    x[:, 0] = 4
     x[1, :6], x[1, 8:] = 3, 1
     x[2], x[2, 5] = np.arange(L) % V, V
     x[3, 7:10] = 5
@@ -68,7 +72,7 @@ def test_for_a_model_of_both_sides_the_cache_is_an_approximation():
     """Else the tests above would pass without any cache at all."""
     found = []
     for key in range(4):
-        a, b = both(BOTH_SIDES, "dual", key=key, **KINDS["threshold"])
+        a, b = both(BOTH_SIDES, "dual", key=key, given=prompt(), **KINDS["threshold"])
         found.append(np.mean(np.asarray(a.tokens) != np.asarray(b.tokens)))
     assert 0 < np.mean(found) < 0.9
 
@@ -152,7 +156,7 @@ def test_numbers_of_a_sampler_are_data():
 
 
 def test_texts_depend_on_neither_batch_nor_devices():
-    made = settings(**KINDS["threshold"], block=BLOCK, cache="dual")
+    made = settings(**KINDS["count"], block=BLOCK, cache="dual")
     run = lambda batch, first=0: sample_cached(
         jax.random.key(3), BOTH_SIDES, PARAMS, batch, L, made, V, first=first
     )
@@ -196,6 +200,6 @@ def test_a_causal_model_has_no_such_cache():
 
 def test_inside_another_program():
     made = settings(**KINDS["threshold"], block=BLOCK, cache="dual")
-    run = lambda key: sample_cached(key, BOTH_SIDES, PARAMS, B, L, made, V).tokens
+    run = lambda key: sample_cached(key, BOTH_SIDES, PARAMS, B, L, made, V, prompt()).tokens
     np.testing.assert_array_equal(jax.jit(run)(jax.random.key(0)), run(jax.random.key(0)))
     assert jnp.asarray(run(jax.random.key(1))).dtype == jnp.int32
