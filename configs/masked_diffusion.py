@@ -379,6 +379,9 @@ def _sizes() -> dict:
             ),
             optim=dict(learning_rate=4e-4, warmup=0.0045, final=0.025, weight_decay=0.1),
             runs=dict(mdm=dict(kind="mdm")),
-            sampler=dict(kind="confidence", block=32, cache="dual"),
+            eval=open_text["eval"] | dict(
+                steps=(512, 1024, 2048, 4096), samplers=("confidence", "threshold")
+            ),
+            sampler=dict(kind="confidence", steps=4096, block=32, cache="dual"),
         ),
     }  # fmt: skip

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Key
 
 from lm.masked import plans, remask
@@ -34,7 +35,7 @@ def ladder(
         data = [remask.table(rung) for rung in rungs]
     else:
         data = [numbers(rung, length, plans.table(rung, length)) for rung in rungs]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
+    stacked = jax.tree.map(_stacked, *data)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rungs)))
     x = jnp.full((batch, length), denoiser.mask, jnp.int32)
 
@@ -46,3 +47,14 @@ def ladder(
         )  # fmt: skip
 
     return jax.lax.map(one, (keys, stacked))
+
+
+def _stacked(*leaves: np.ndarray) -> np.ndarray:
+    """Tables of several sizes as one array: what is padded lies beyond the last step."""
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    if leaves[0].ndim == 0:
+        return np.stack(leaves)
+    longest = max(len(leaf) for leaf in leaves)
+    beyond = np.iinfo(np.uint32).max if leaves[0].dtype == np.uint32 else 0
+    pad = lambda leaf: np.pad(leaf, (0, longest - len(leaf)), constant_values=beyond)
+    return np.stack([pad(leaf) for leaf in leaves])
