@@ -49,12 +49,12 @@ def ladder(
     return jax.lax.map(one, (keys, stacked))
 
 
-def _stacked(*leaves: np.ndarray) -> np.ndarray:
+def _stacked(*leaves: Any) -> np.ndarray:
     """Tables of several sizes as one array: what is padded lies beyond the last step."""
-    leaves = [np.asarray(leaf) for leaf in leaves]
-    if leaves[0].ndim == 0:
-        return np.stack(leaves)
-    longest = max(len(leaf) for leaf in leaves)
-    beyond = np.iinfo(np.uint32).max if leaves[0].dtype == np.uint32 else 0
-    pad = lambda leaf: np.pad(leaf, (0, longest - len(leaf)), constant_values=beyond)
-    return np.stack([pad(leaf) for leaf in leaves])
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    if arrays[0].ndim == 0:
+        return np.stack(arrays)
+    longest = max(map(len, arrays))
+    beyond = np.iinfo(np.uint32).max if arrays[0].dtype == np.uint32 else 0
+    pad = lambda array: np.pad(array, (0, longest - len(array)), constant_values=beyond)
+    return np.stack([pad(array) for array in arrays])
