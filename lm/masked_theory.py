@@ -203,7 +203,6 @@ def _evaluate(config, table, ladders, state: State, key) -> dict:
       entropy_L, entropy_error_L: of the texts drawn, nats per token.
       h_L, h_error_L: h_n less the entropy of the same texts.
       nelbo_L, nelbo_error_L: the same of NELBO / L: zero, up to the error.
-      gap_steps_L, gap_L, gap_error_L: gap_T of ancestral sampling.
       steps_SAMPLER_L, ser_, ser_error_, ter_, ter_error_, unsupported_, calls_, rounds_
       exact_steps, exact_ser, exact_ter, exact_kl: of texts of `theory.exact` tokens.
     """
@@ -215,7 +214,10 @@ def _evaluate(config, table, ladders, state: State, key) -> dict:
         spread = max(square / texts - (total / texts) ** 2, 0)
         found[f"entropy_error_{length}"] = np.sqrt(spread / texts)
         if t.curve:
-            found |= _gaps(config, jax.device_get(state.curves[i]), length)
+            one = jax.device_get(state.curves[i])
+            found[f"h_{length}"], found[f"h_error_{length}"] = curve.information(one)
+            whole = curve.combined(one, curve.whole(length))
+            found[f"nelbo_{length}"], found[f"nelbo_error_{length}"] = whole
         for name in t.samplers:
             made = ladders[name, length]
             one = _rates(jax.device_get(state.cells[name][i]), config.batch_size)
@@ -229,26 +231,6 @@ def _evaluate(config, table, ladders, state: State, key) -> dict:
         ter = [enumeration.token_errors(laws.q, p, t.exact) for p in laws.p]
         found["exact_ter"] = np.array(ter)
     return found
-
-
-def _gaps(config, found: curve.Curve, length: int) -> dict:
-    h, error = curve.information(found)
-    whole = curve.combined(found, curve.whole(length))
-    made = rungs(config, "ancestral", length, 2**31)
-    # NELBO_T less NELBO, both of the same h_n: what they share in error cancels.
-    gaps = [
-        curve.combined(found, curve.excess(known.ancestral(config, s.steps), length))
-        for s in made
-    ]
-    return {
-        f"h_{length}": h,
-        f"h_error_{length}": error,
-        f"nelbo_{length}": whole.value,
-        f"nelbo_error_{length}": whole.error,
-        f"gap_steps_{length}": np.array([s.steps for s in made]),
-        f"gap_{length}": np.array([gap.value for gap in gaps]),
-        f"gap_error_{length}": np.array([gap.error for gap in gaps]),
-    }
 
 
 def _rates(cells: Cells, size: int) -> dict:

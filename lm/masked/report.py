@@ -206,11 +206,12 @@ def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
                 sampler, str(length), str(steps),
                 _number(*gap), _number(bound),
                 _number(ter - entropy, ter_error), _number(ser, error), _number(closed),
-                _number(rate, digits=3), _number(mean(group, "calls")[0], digits=1),
+                _number(rows.ser_bound(group[0])), _number(rate, digits=3),
+                _number(mean(group, "calls")[0], digits=1),
             ])  # fmt: skip
         head = [
             "sampler", "L", "T", "bound - H/L", "(h(0) - h(1)) / T", "written - H/L", "SER",
-            "SER, closed form", "-log(1 - SER) T / L", "calls",
+            "SER, closed form", "SER at most", "-log(1 - SER) T / L", "calls",
         ]  # fmt: skip
         texts = config.steps * config.batch_size
         said = f"{each[0]['language']}, {texts:,} texts for each row."

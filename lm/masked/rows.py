@@ -89,32 +89,46 @@ def one_run(run: Run) -> list[dict]:
     return [row for name in samplers for row in _learned(base, config, found, name)]
 
 
+def excess(config, sampler: str, length: int, steps: int) -> np.ndarray | None:
+    """Coefficients c_n with NELBO_T / L - NELBO / L = sum c_n h_n; None: there is no bound.
+
+    Where the order of writing depends on what is written, or goes block by block, the
+    information curve says nothing. First hitting writes one by one: all zero.
+    """
+    if config.sampler.block or sampler not in (*settings.PLANNED, AR):
+        return None
+    if sampler == AR or (sampler == "first_hitting" and config.sampler.per_call == 1):
+        return np.zeros(length)
+    if sampler == "ancestral":
+        fields = dict(config.sampler) | {"kind": sampler, "steps": steps}
+        return curve.excess(weights_of(settings.Settings(**fields)), length)
+    if sampler == "first_hitting":
+        steps = -(-length // config.sampler.per_call)
+        sizes = np.full(steps, config.sampler.per_call)
+        sizes[-1] = length - sizes[:-1].sum()
+    else:
+        sizes = n_each(length, steps)
+    return curve.grouped(length, sizes) - curve.whole(length)
+
+
 def _theory(base: dict, config, found: dict) -> list[dict]:
     made = []
     for name in config.theory.samplers:
         for length in config.theory.lengths:
-            steps = found[f"steps_{name}_{length}"]
-            gaps = dict(zip(
-                np.atleast_1d(found.get(f"gap_steps_{length}", [])).tolist(),
-                zip(
-                    np.atleast_1d(found.get(f"gap_{length}", [])).tolist(),
-                    np.atleast_1d(found.get(f"gap_error_{length}", [])).tolist(),
-                    strict=True,
-                ),
-                strict=True,
-            ))  # fmt: skip
             entropy = found[f"entropy_{length}"]
-            for i, n in enumerate(steps.tolist()):
+            for i, n in enumerate(np.atleast_1d(found[f"steps_{name}_{length}"]).tolist()):
                 row = base | {"sampler": name, "length": length, "steps": n}
                 row |= {"entropy": entropy, "texts": config.steps * config.batch_size}
                 for field in ("ser", "ser_error", "ter", "ter_error", "calls", "rounds"):
-                    row[field] = float(found[f"{field}_{name}_{length}"][i])
+                    row[field] = float(np.atleast_1d(found[f"{field}_{name}_{length}"])[i])
                 row["unsupported"] = row["ser"]
                 if row["ser"] == 1:
                     row["ter"] = row["ter_error"] = None
-                if name == "ancestral" and n in gaps:
-                    row["gap"], row["gap_error"] = gaps[n]
-                    row["ter_bound"] = entropy + gaps[n][0]
+                more = excess(config, name, length, n)
+                if more is not None and f"h_{length}" in found:
+                    gap = curve.linear(found[f"h_{length}"], found[f"h_error_{length}"], more)
+                    row["gap"], row["gap_error"] = gap
+                    row["ter_bound"] = entropy + gap.value
                 made.append(row)
     return made
 
@@ -124,32 +138,32 @@ def _learned(base: dict, config, found: dict, name: str) -> list[dict]:
         return []
     made = []
     total = config.length - config.objective.prompt
-    for i, n in enumerate(found[f"steps_{name}"].tolist()):
+    for i, n in enumerate(np.atleast_1d(found[f"steps_{name}"]).tolist()):
         row = base | {"sampler": name, "length": config.length, "steps": n}
         row |= {"texts": config.eval.samples, "entropy": found.get("entropy")}
         for field in COLUMNS:
             key = f"{field}_{name}"
             if field not in ("steps", "entropy") and key in found:
-                value = float(found[key][i])
+                value = float(np.atleast_1d(found[key])[i])
                 row[field] = value if np.isfinite(value) else None
-        bound = None
-        if name == "ancestral":
-            one = settings.Settings(**dict(config.sampler) | {"kind": name, "steps": n})
-            if not one.block:
-                bound = curve.ancestral(total, weights_of(one))
-        if name == "count" and not config.sampler.block:
-            bound = curve.grouped(total, n_each(total, n))
-        if name in ("first_hitting", AR):
-            row["ter_bound"] = found["nats"]
-            row["gap"], row["gap_error"] = found.get("gap"), found.get("gap_error")
-        if bound is not None and "h" in found:
-            more = curve.linear(found["h"], found["h_error"], bound - curve.whole(total))
-            row["ter_bound"] = found["nats"] + more.value
+        more = excess(config, name, total, n)
+        if more is not None and ("h" in found or not more.any()):
+            gap = curve.Estimate(0.0, 0.0)
+            if more.any():
+                gap = curve.linear(found["h"], found["h_error"], more)
+            row["ter_bound"] = found["nats"] + gap.value
             if found.get("gap") is not None:
-                row["gap"] = found["gap"] + more.value
-                row["gap_error"] = float(np.hypot(found["gap_error"], more.error))
+                row["gap"] = found["gap"] + gap.value
+                row["gap_error"] = float(np.hypot(found["gap_error"], gap.error))
         made.append(row)
     return made
+
+
+def ser_bound(row: dict) -> float | None:
+    """1 - exp(-L gap), which no sampler with that bound exceeds; None without one."""
+    if row["gap"] is None:
+        return None
+    return float(-np.expm1(-row["length"] * max(row["gap"], 0.0)))
 
 
 def n_each(length: int, steps: int) -> np.ndarray:

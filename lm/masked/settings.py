@@ -215,9 +215,11 @@ def shape_of(given: Settings) -> Settings:
 def rows(given: Settings, batch: int, length: int, vocab: int) -> int:
     """Positions of each text in one call of the head.
 
-    Few, where little is filled in at a time; the adaptive kinds look at every masked one.
+    Few, where little is filled in at a time: a quarter of the text at most, so that a single
+    step takes four. The adaptive kinds look at every masked one.
     """
     if given.rows:
         return min(given.rows, length)
-    logits = 2**20 if given.kind in ADAPTIVE else 2**16
-    return min(length, max(8, logits // (batch * vocab)))
+    if given.kind in ADAPTIVE:
+        return min(length, max(8, 2**20 // (batch * vocab)))
+    return min(length, max(8, min(length // 4, 2**16 // (batch * vocab))))

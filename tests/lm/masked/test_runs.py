@@ -241,7 +241,10 @@ def play(config, steps, state=None, first=0):
 
 
 def test_the_exact_denoiser_has_the_closed_forms(exact):
-    _, _, found = exact
+    config, _, found = exact
+    row = {"split": "eval", "step": 8} | {k: np.asarray(v).tolist() for k, v in found.items()}
+    made = rows.one_run(runner.Run("exact-seed0", config, [row], {}, lambda: None))
+    gaps = {(r["sampler"], r["steps"]): (r["gap"], r["gap_error"]) for r in made}
     for i, steps in enumerate((2, 4, 8)):
         want = theory.pairs_ser(8, 3, np.full(steps, 1 / steps))
         got, error = found["ser_ancestral_8"][i], found["ser_error_ancestral_8"][i]
@@ -249,7 +252,14 @@ def test_the_exact_denoiser_has_the_closed_forms(exact):
         calls = theory.calls(8, np.full(steps, 1 / steps))
         assert found["calls_ancestral_8"][i] == pytest.approx(calls, rel=0.05)
         tie = np.log(3) / 2 / steps  # A tie costs the second of a pair log V.
-        assert abs(found["gap_8"][i] - tie) < 4.5 * found["gap_error_8"][i]
+        gap, error = gaps["ancestral", steps]
+        assert abs(gap - tie) < 4.5 * error
+        assert error < 0.15 * tie
+    assert gaps["count", 8] == pytest.approx((0, 0), abs=1e-12)
+    # Both of a pair among the four that come first, or the four that come last: 3/7.
+    gap, error = gaps["count", 2]
+    assert abs(gap - 3 / 7 * np.log(3) / 2) < 4.5 * error
+    assert all(r["ser"] <= rows.ser_bound(r) + 3 * r["ser_error"] + 0.02 for r in made)
     assert found["ser_count_8"][-1] == 0
     assert found["calls_count_8"].tolist() == [2, 4, 8]
     np.testing.assert_allclose(found["ter_count_8"], np.log(3) / 2, rtol=1e-5)

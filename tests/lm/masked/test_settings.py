@@ -110,5 +110,6 @@ def test_rows_of_the_head_follow_the_shapes():
     assert rows(settings(rows=500), 4, 64, 100) == 64
     assert rows(settings(), 1, 64, 8192) == 8
     assert rows(settings(), 64, 1024, 50257) == 8
-    assert rows(settings(), 16, 64, 8) == 64
+    assert rows(settings(), 16, 64, 8) == 16
+    assert rows(settings(), 16, 6, 8) == 6
     assert rows(settings(kind="margin"), 1, 64, 8192) == 64
