@@ -122,7 +122,8 @@ def get_config(size: str = "small"):
         pad_loss=False,  # Whether what follows the end of a document is to be predicted, too.
         per="token",  # Loss per token of the batch; text: each text by its own length.
     )
-    # Likelihood: `texts` held-out ones, each at `draws` numbers of masked tokens.
+    # Likelihood: `texts` held-out ones, each at `draws` numbers of masked tokens; of a language
+    # `draws` times as many texts.
     # Sampling, at the end: `samples` texts by every sampler at every number of steps.
     config.eval = dict(
         texts=1024,
@@ -165,25 +166,25 @@ def get_config(size: str = "small"):
         ratios=(),
         samplers=("ancestral",),
         curve=True,  # The information curve, too.
-        exact=4,  # Tokens of the texts whose law is enumerated; 0: none.
+        exact=4,  # Most tokens of the texts whose law is enumerated; 0: none.
         exact_steps=(1, 2, 4),
     )
     # Texts a second, measured by the report: batch sizes, steps of the samplers; (): not.
     config.speed = dict(batches=(), steps=(8, 32), repeats=3)
-    config.sample = dict(count=4, prompt=0, animate=True)
+    config.sample = dict(count=4, animate=True)
     return at_size(config, size, _sizes())
 
 
-def _exact(language: dict, batch: int = 64, steps: int = 16, **theory) -> dict:
-    """A run of the exact denoiser: batch * steps texts."""
+def _exact(language: dict, batch: int = 64, rounds: int = 16, **theory) -> dict:
+    """A run of the exact denoiser: batch * rounds texts."""
     return dict(
         experiment="lm.masked_theory",
-        steps=steps,
-        log_every=max(1, steps // 8),
-        save_every=max(1, steps // 4),
+        steps=rounds,
+        log_every=max(1, rounds // 8),
+        save_every=max(1, rounds // 4),
         batch_size=batch,
         language=language,
-        theory={"steps" if name == "grid" else name: v for name, v in theory.items()},
+        theory=theory,
     )
 
 
@@ -200,7 +201,7 @@ def _sizes() -> dict:
     hmm, sums = dict(kind="hmm"), dict(kind="running_sum")
     ratios = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
     powers = (1, 2, 4, 8, 16, 32, 64, 128)
-    sequence = dict(grid=(), ratios=ratios, curve=False)
+    sequence = dict(steps=(), ratios=ratios, curve=False)
     everything = (
         "ancestral", "count", "first_hitting", "confidence", "margin", "entropy",
         "threshold", "entropy_bound", "remask",
@@ -241,7 +242,7 @@ def _sizes() -> dict:
             eval=dict(texts=16, draws=1, batch_size=8, samples=16, steps=(2, 8)),
             theory=dict(lengths=(4, 8), steps=(2, 4), ratios=(), exact=2, exact_steps=(1, 2)),
             runs={
-                "exact": _exact(dict(kind="pairs", vocab=3), batch=8, steps=4),
+                "exact": _exact(dict(kind="pairs", vocab=3), batch=8, rounds=4),
                 **_both("pairs", dict(kind="pairs", vocab=3)),
             },
         ),
@@ -249,7 +250,7 @@ def _sizes() -> dict:
             theory=dict(lengths=(64, 128, 256)),
             speed=dict(batches=(1, 16, 128)),
             runs={
-                "exact-2gram": _exact(gram(2), steps=8),
+                "exact-2gram": _exact(gram(2), rounds=8),
                 "exact-pairs": _exact(pairs, **sequence),
                 "exact-parity": _exact(parity, **sequence),
                 **_both("2gram", gram(2)),
@@ -258,21 +259,21 @@ def _sizes() -> dict:
         ),
         "e1": dict(
             runs={
-                "2gram": _exact(gram(2), steps=32, grid=powers),
-                "3gram": _exact(gram(3), steps=32),
-                "4gram": _exact(gram(4, 4), steps=32),
+                "2gram": _exact(gram(2), rounds=32, steps=powers),
+                "3gram": _exact(gram(3), rounds=32),
+                "4gram": _exact(gram(4, 4), rounds=32),
             },
         ),
         "e2": dict(
             runs={
-                name: _exact(language, batch=128, steps=32, **sequence)
+                name: _exact(language, batch=128, rounds=32, **sequence)
                 for name, language in (("pairs", pairs), ("parity", parity), ("hmm", hmm))
             },
         ),
         "samplers": dict(
             runs={
                 "hmm": _exact(
-                    hmm, batch=128, steps=16, lengths=(64,), grid=(8, 16, 32, 64),
+                    hmm, batch=128, rounds=16, lengths=(64,), steps=(8, 16, 32, 64),
                     samplers=everything, curve=True,
                 ),
             },
@@ -356,9 +357,9 @@ def _sizes() -> dict:
         "paper_theory": dict(
             theory=dict(lengths=(128, 256, 512, 1024, 2048), steps=(*powers, 256, 512)),
             runs={
-                **{f"{n}gram": _exact(gram(n), steps=64) for n in (2, 3, 4)},
+                **{f"{n}gram": _exact(gram(n), rounds=64) for n in (2, 3, 4)},
                 **{
-                    name: _exact(language, batch=128, steps=32, **sequence)
+                    name: _exact(language, batch=128, rounds=32, **sequence)
                     for name, language in (("pairs", pairs), ("parity", parity), ("hmm", hmm))
                 },
             },
@@ -380,7 +381,8 @@ def _sizes() -> dict:
             optim=dict(learning_rate=4e-4, warmup=0.0045, final=0.025, weight_decay=0.1),
             runs=dict(mdm=dict(kind="mdm")),
             eval=open_text["eval"] | dict(
-                steps=(512, 1024, 2048, 4096), samplers=("confidence", "threshold")
+                texts=10_000, steps=(512, 1024, 2048, 4096),
+                samplers=("confidence", "threshold"),
             ),
             sampler=dict(kind="confidence", steps=4096, block=32, cache="dual"),
         ),

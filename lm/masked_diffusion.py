@@ -63,6 +63,7 @@ def make(config) -> Experiment:
     _check(config)
     parts = parts_of(config)
     source = parts.source
+    _check_evaluation(config, source)
     tx = pretraining(**config.optim, steps=config.steps, modules=modules)
     rate = schedule(
         config.optim.learning_rate, config.steps, config.optim.warmup, config.optim.final
@@ -173,47 +174,60 @@ def _evaluate(config, parts, state: State, key) -> dict:
 
 
 def _held_out(config, parts, passes: int):
+    """(pass, texts before this batch, batch). Of a language every pass has its own texts."""
     mesh = jax.sharding.get_abstract_mesh()
     placed = None if mesh.empty else meshes.make(**config.mesh)
-    size = config.eval.batch_size
-    found = list(parts.source.held_out(config.eval.texts, size))
-    bar = tqdm(total=passes * len(found), desc="evaluating", leave=False, disable=None)
-    with bar:
-        for number in range(passes * len(found)):
-            batch = found[number % len(found)]
-            yield number, meshes.to_devices(batch, placed) if placed is not None else batch
-            bar.update()
+    size, count = config.eval.batch_size, config.eval.texts
+    endless = parts.source.language is not None
+    found = list(parts.source.held_out(count * passes if endless else count, size))
+    turns = 1 if endless else passes
+    for number in tqdm(range(turns * len(found)), desc="evaluating", leave=False, disable=None):
+        turn, place = divmod(number, len(found))
+        batch = found[place]
+        batch = meshes.to_devices(batch, placed) if placed is not None else batch
+        yield turn, place * size, batch
 
 
 def _curve(config, parts, params) -> dict:
+    length = config.length - config.objective.prompt
     total: dict[str, curve.Curve] = {}
-    for number, batch in _held_out(config, parts, config.eval.draws):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        found = parts.curve(params, batch, key, number * config.eval.batch_size)
+    losses: dict[int, list] = {}
+    # In every pass each text has another number of visible tokens.
+    shift = max(1, length // config.eval.draws)
+    for turn, first, batch in _held_out(config, parts, config.eval.draws):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), turn), first)
+        found, each = parts.curve(params, batch, key, first + turn * shift)
         total = {k: curve.added(total[k], v) if total else v for k, v in found.items()}
-    whole = curve.whole(config.length - config.objective.prompt)
-    nelbo = curve.combined(total["loss"], whole)
-    found = {"nats": nelbo.value, "nats_error": nelbo.error}
+        losses.setdefault(turn, []).append(np.asarray(each, float))
+    whole = curve.whole(length)
+    texts = np.array([np.concatenate(pieces) for pieces in losses.values()]).mean(axis=0)
+    texts = texts[np.isfinite(texts)]
+    found = {
+        "nats": curve.combined(total["loss"], whole).value,
+        "nats_error": texts.std(ddof=1) / np.sqrt(len(texts)),
+    }
+    name = "loss" if parts.source.language is None else "above"
+    found["h"], found["h_error"] = curve.information(total[name])
+    found["h_by_ratio"] = curve.by_ratio(curve.information(total["loss"])[0])
     if parts.source.language is not None:
-        # Taken from the exact denoiser's loss on the same masks, whose mean is the entropy.
-        gap, entropy = (curve.combined(total[k], whole) for k in ("excess", "entropy"))
-        found["nats"] += entropy.value
-        found |= {"gap": gap.value, "gap_error": gap.error, "entropy": entropy.value}
-        for name in ("excess", "exact"):
-            found[name], found[f"{name}_error"] = curve.information(total[name])
-    found["h"], found["h_error"] = curve.information(total["loss"])
+        # Less the exact denoiser's loss on the same masks, whose mean is the entropy.
+        found["gap"], found["gap_error"] = curve.combined(total["excess"], whole)
+        found["entropy"] = found["nats"] - curve.combined(total["above"], whole).value
+        found["exact"], found["exact_error"] = curve.information(total["exact"])
     return found
 
 
 def _count(config, parts, params) -> dict:
-    rows = []
-    for number, batch in _held_out(config, parts, config.eval.draws):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        start = number * config.eval.batch_size
-        rows.append(np.array(parts.count(params, batch, key, start), float))
-    nats, tokens = np.concatenate(rows, axis=1)
+    rows: dict[int, list] = {}
+    for turn, first, batch in _held_out(config, parts, config.eval.draws):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), turn), first)
+        start = jnp.uint32(turn * config.eval.texts + first)
+        rows.setdefault(turn, []).append(
+            np.array(parts.count(params, batch, key, start), float)
+        )
+    nats, tokens = np.mean([np.concatenate(part, axis=1) for part in rows.values()], axis=0)
     mean = nats.sum() / tokens.sum()
-    # Of a ratio of sums.
+    # Of a ratio of sums over texts, each with all of its draws.
     spread = np.sqrt(np.sum((nats - mean * tokens) ** 2)) / tokens.sum()
     return {"nats": mean, "nats_error": spread}
 
@@ -221,7 +235,7 @@ def _count(config, parts, params) -> dict:
 def _likelihood(config, parts, params) -> dict:
     rows = [
         np.array(parts.likelihood(params, batch), float)
-        for _, batch in _held_out(config, parts, 1)
+        for _, _, batch in _held_out(config, parts, 1)
     ]
     loss, entropy, tokens = np.concatenate(rows, axis=1)
     some = tokens > 0
@@ -261,10 +275,21 @@ def _check(config) -> None:
     for name in ("texts", "draws", "samples"):
         if config.eval[name] < 1:
             raise reject(f"eval.{name}", config.eval[name], "a whole number from 1 up")
-    if config.kind == "mdm":
-        for kind in config.eval.samplers:
-            sweep.variants(config, kind)
-        made = settings.settings(**config.sampler)
-        settings.fit(made, config.length, 2**31)
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise reject("model.dtype", "float64", "another one, or config.x64 True")
+
+
+def _check_evaluation(config, source) -> None:
+    """What would only be found out when the training is over."""
+    if config.kind == "ar":
+        return
+    for kind in config.eval.samplers:
+        sweep.variants(config, kind, source.vocab)
+    settings.fit(settings.settings(**config.sampler), config.length, source.vocab)
+    least = 2 * (config.length - config.objective.prompt)
+    e = config.eval
+    if not source.ragged and e.texts * e.draws < least:
+        allowed = (
+            f"at least {-(-least // e.draws)}: two texts for every number of visible tokens"
+        )
+        raise reject("eval.texts", e.texts, allowed)

@@ -28,7 +28,7 @@ from lm.languages.oracle import oracle
 from lm.masked import curve, enumeration, known, report, settings
 from lm.masked.denoiser import denoise
 from lm.masked.ladder import ladder
-from lm.masked.texts import HELD_OUT, keys_of
+from lm.masked.texts import THEORY, keys_of
 
 
 class Cells(NamedTuple):
@@ -37,7 +37,7 @@ class Cells(NamedTuple):
     Attributes:
       texts: how many.
       wrong: outside of the support.
-      log_q: of -log q(x) / L of those inside, less `REFERENCE`.
+      log_q: of -log q(x) / L of those inside.
       square: of its square.
       calls: network calls of a text.
       rounds: of a batch.
@@ -104,7 +104,7 @@ def make(config) -> Experiment:
             keys = keys_of(
                 config.language.seed,
                 config.seed,
-                jnp.full(size, HELD_OUT, jnp.int32),
+                jnp.full(size, THEORY, jnp.int32),
                 first + jnp.arange(size),
             )
             x = meshes.shared(evaluate.draw_each(keys, language, length))
@@ -185,7 +185,8 @@ def _cells(key, denoiser, language, size, length, made) -> Cells:
     x = found.tokens.reshape(steps * size, length)
     right = evaluate.supported(language, x).reshape(steps, size)
     surprise = -evaluate.log_prob(language, x).reshape(steps, size) / length
-    surprise = jnp.where(right, surprise, 0.0)
+    # In the support, but by so little that float32 lost it: in no mean either.
+    surprise = jnp.where(right & jnp.isfinite(surprise), surprise, 0.0)
     return Cells(
         texts=jnp.full(steps, float(size)),
         wrong=jnp.sum(~right, axis=1).astype(jnp.float32),
@@ -223,12 +224,13 @@ def _evaluate(config, table, ladders, state: State, key) -> dict:
             one = _rates(jax.device_get(state.cells[name][i]), config.batch_size)
             one["steps"] = np.array([s.steps for s in made])
             found |= {f"{field}_{name}_{length}": value for field, value in one.items()}
-    if t.exact:
+    if exact_length(config, hmm.vocab(table)):
         laws = exact(config, table)
+        found["exact_length"] = exact_length(config, hmm.vocab(table))
         found["exact_steps"] = np.array(t.exact_steps)
         for name, measure in (("ser", enumeration.sequence_errors), ("kl", enumeration.kl)):
             found[f"exact_{name}"] = np.array([measure(laws.q, p) for p in laws.p])
-        ter = [enumeration.token_errors(laws.q, p, t.exact) for p in laws.p]
+        ter = [enumeration.token_errors(laws.q, p, found["exact_length"]) for p in laws.p]
         found["exact_ter"] = np.array(ter)
     return found
 
@@ -241,8 +243,8 @@ def _rates(cells: Cells, size: int) -> dict:
     spread = np.maximum(cells.square / some - ter**2, 0)
     return {
         "ser": ser,
-        "ser_error": np.sqrt(ser * (1 - ser) / cells.texts),
-        "ter": np.where(right > 0, ter, -1.0),  # -1: no text is in the support.
+        "ser_error": evaluate.share_error(cells.wrong, cells.texts),
+        "ter": np.where(right > 0, ter, np.nan),
         "ter_error": np.sqrt(spread / some),
         "calls": cells.calls / cells.texts,
         "rounds": cells.rounds * size / cells.texts,
@@ -262,7 +264,8 @@ def exact(config, table: Any) -> Laws:
     Raises:
       UserError: they are too many.
     """
-    length, vocab = config.theory.exact, hmm.vocab(table)
+    vocab = hmm.vocab(table)
+    length = exact_length(config, vocab)
     every = enumeration.texts(vocab, length)
     with jax.enable_x64(True):
         wide = hmm.on_device(table, jnp.float64)
@@ -274,10 +277,17 @@ def exact(config, table: Any) -> Laws:
     return Laws(q, p)
 
 
+def exact_length(config, vocab: int) -> int:
+    """Tokens of the texts that are enumerated: `theory.exact`, or as many as can be."""
+    fitting = [n for n in range(config.theory.exact + 1) if enumeration.fits(vocab, n)]
+    return max(fitting)
+
+
 def _law(config, table, run: Run, folder: Path) -> str:
     """Writes law.npz: all texts of `theory.exact` tokens, q, and p at each number of steps."""
     del run
-    length, vocab = config.theory.exact, hmm.vocab(table)
+    length = exact_length(config, hmm.vocab(table))
+    vocab = hmm.vocab(table)
     if not length:
         raise reject("theory.exact", 0, "a number of tokens, for the law of such texts")
     laws, steps = exact(config, table), np.array(config.theory.exact_steps)
@@ -305,7 +315,7 @@ def _language(config):
     if config.batch_size < 1 or config.batch_size % devices:
         allowed = f"a multiple of the {devices} devices of mesh.data"
         raise reject("batch_size", config.batch_size, allowed)
+    if t.exact < 0:
+        raise reject("theory.exact", t.exact, "a whole number from 0 up")
     table = build.language(**fields)
-    if t.exact:
-        enumeration.fits(hmm.vocab(table), t.exact)
     return table, hmm.on_device(table)

@@ -9,7 +9,7 @@ the entropy of the language where a sampler has collapsed: hence the entropies o
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +161,15 @@ def diversity(tokens: Integer[np.ndarray, "texts length"], vocab: int) -> dict[s
         if n > 1:
             found[f"distinct_{n}"] = len(counts) / int(counts.sum())
     return found
+
+
+def share_error(count: Any, texts: Any) -> Any:
+    """The standard error of count / texts; not 0 where none or all were counted.
+
+    By the share with one more of each kind (Agresti and Coull), about 1 / texts there.
+    """
+    p = (np.asarray(count, np.float64) + 1) / (np.asarray(texts, np.float64) + 2)
+    return np.sqrt(p * (1 - p) / (np.asarray(texts, np.float64) + 2))
 
 
 def bits(nats: float) -> float:

@@ -28,6 +28,7 @@ from scipy.sparse import csgraph
 from common.errors import UserError, reject
 
 TOLERANCE = 1e-6  # of the sum of a row
+TURNS = 100_000  # of such iterations
 DENSE = 4096  # states up to which a stationary law is solved for, not iterated to
 NAMED = 8  # classes that a refusal describes
 
@@ -259,9 +260,16 @@ def stationary(language: Language) -> Float[np.ndarray, " states"]:
         found = np.linalg.solve((np.eye(s) - a.toarray() + 1).T, np.ones(s))
     else:
         found, change = np.full(s, 1 / s), 1.0
-        while change > 1e-15:
+        for _ in range(TURNS):
             found, old = a.T @ found, found
             change = np.abs(found - old).sum()
+            if change < 1e-14:
+                break
+        else:
+            raise UserError(
+                f"The chain of {s} states mixes too slowly: after {TURNS} turns its law still "
+                f"moves by {change:.1g}."
+            )
     found = np.maximum(found, 0)
     return found / found.sum()
 

@@ -74,10 +74,11 @@ def scored(
     best = settings.candidate == "argmax" or greedy
     candidate = draw(fold(keys, 0), settings, log_f, at, best)
     if settings.kind in ("confidence", "threshold"):
-        score = jnp.exp(jnp.take_along_axis(log_f, candidate[..., None], axis=-1)[..., 0])
+        score = jnp.take_along_axis(log_f, candidate[..., None], axis=-1)[..., 0]
     elif settings.kind == "margin":
-        top = jnp.exp(jax.lax.top_k(log_f, min(2, log_f.shape[-1]))[0])
-        score = top[..., 0] - (top[..., 1] if top.shape[-1] > 1 else 0.0)
+        top = jax.lax.top_k(log_f, min(2, log_f.shape[-1]))[0]
+        # Less 1: most leads are near it, and are to be told apart there.
+        score = jnp.expm1(top[..., 0]) - (jnp.exp(top[..., 1]) if top.shape[-1] > 1 else 0.0)
     elif settings.kind in ("entropy", "entropy_bound"):
         p = jnp.exp(log_f)
         # 0 log 0 = 0, and a certain token has no entropy at all.
@@ -105,7 +106,7 @@ def taken(
         order = jax.lax.sort((badness, u, places), num_keys=2)[2]
         rank = jnp.zeros_like(places).at[order].set(places)
         if settings.kind == "threshold":
-            take = (score >= settings.tau) | (rank == 0)
+            take = (jnp.exp(score) >= settings.tau) | (rank == 0)
         elif settings.kind == "entropy_bound":
             h = jnp.where(free, -score, 0.0)[order]
             # Ascending, so the sum less the largest is the sum of those before.

@@ -89,7 +89,7 @@ def sample_cached(
     if prompt is None:
         x = jnp.full((batch, length), mask, jnp.int32)
     else:
-        check_prompt(prompt, batch, length, denoiser, pad)
+        check_prompt(prompt, batch, length, denoiser)
         x = jnp.array(prompt, jnp.int32)  # A copy: x is donated.
     return _run(
         key,

@@ -119,6 +119,15 @@ def information(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
         return mean, np.sqrt(spread / texts)
 
 
+def by_ratio(h: Float[np.ndarray, " length"], bins: int = 16) -> np.ndarray:
+    """Mean of h_n by mask ratio, (0, 1/bins], ..., (1 - 1/bins, 1]; NaN where there is no n."""
+    length = len(h)
+    ratio = (length - np.arange(length)) / length
+    place = np.clip(np.ceil(ratio * bins).astype(int) - 1, 0, bins - 1)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(place, h, bins) / np.bincount(place, minlength=bins)
+
+
 def combined(curve: Curve, coefficients: Float[np.ndarray, " length"]) -> Estimate:
     """sum_n c_n h_n, for instance NELBO_T / L with `ancestral` or `grouped`.
 

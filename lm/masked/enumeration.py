@@ -33,13 +33,9 @@ WORK = 10**8  # (3 V)^L, and (2 V + 1)^L of the chain
 CHUNK = 4096
 
 
-def fits(vocab: int, length: int) -> None:
-    """Refuses texts that are too many for `law`.
-
-    Raises:
-      UserError: with the sizes.
-    """
-    _fits(vocab, length, 3 * vocab, "(3 V)^L")
+def fits(vocab: int, length: int) -> bool:
+    """Whether texts are few enough for `law`."""
+    return vocab**length <= TEXTS and (3 * vocab) ** length <= WORK
 
 
 def texts(vocab: int, length: int) -> Int[np.ndarray, "texts length"]:

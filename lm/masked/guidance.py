@@ -34,15 +34,17 @@ class Guided(NamedTuple):
 @cache
 def guided(denoiser: Denoiser) -> Denoiser:
     """A denoiser of `Guided` parameters; one and the same for the same denoiser."""
-    return Denoiser(
-        denoiser.vocab, denoiser.mask, partial(_hidden, denoiser), partial(_head, denoiser)
-    )
+    hidden, head = partial(_hidden, denoiser), partial(_head, denoiser)
+    return denoiser._replace(hidden=hidden, head=head)
 
 
 def _hidden(
     denoiser: Denoiser, guided: Guided, x: Int[Array, "batch length"]
 ) -> Float[Array, "batch length both"]:
-    without = jnp.where(guided.prompted, denoiser.mask, x)
+    prompted = (
+        guided.prompted if denoiser.pad is None else guided.prompted & (x != denoiser.pad)
+    )
+    without = jnp.where(prompted, denoiser.mask, x)
     # A text's two halves are neighbours, so that a batch that is split over devices stays so.
     both = jnp.stack([x, without], axis=1).reshape(-1, x.shape[1])
     h = denoiser.hidden(guided.params, both)

@@ -41,9 +41,8 @@ def denoiser(model: Model, vocab: int, mask: int = -1, pad: int | None = None) -
     if pad is not None and (pad == mask or not 0 <= pad < model.vocab):
         allowed = f"from 0 to {model.vocab - 1} and not the mask, {mask}"
         raise reject("pad", pad, allowed)
-    return Denoiser(
-        vocab, mask, partial(_hidden, model, pad), partial(_head, model, vocab, (mask, pad))
-    )
+    hidden, head = partial(_hidden, model, pad), partial(_head, model, vocab, (mask, pad))
+    return Denoiser(vocab, mask, hidden, head, pad)
 
 
 def places(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from common.errors import reject
 from lm.masked import schedules
-from lm.masked.denoiser import Denoiser, denoise
+from lm.masked.denoiser import Denoiser, target_log_f
 
 KINDS = ("continuous", "finite", "count")
 
@@ -65,7 +65,7 @@ def objective(
       kind: continuous, finite or count.
       schedule: of alpha, as `schedules.schedule` names it; count has none.
       grid, steps: of `finite`, as a sampler has them.
-      floor: of t in `continuous`, from 0 to below 1; 0 has an infinite variance.
+      floor: of t in `continuous`, above 0 and below 1.
       stratify: low-discrepancy times.
 
     Raises:
@@ -73,8 +73,8 @@ def objective(
     """
     if kind not in KINDS:
         raise reject("objective.kind", kind, f"one of {', '.join(KINDS)}")
-    if not 0 <= floor < 1:
-        raise reject("objective.floor", floor, "from 0 to below 1")
+    if not 0 < floor < 1:
+        raise reject("objective.floor", floor, "above 0, where the weight is infinite, below 1")
     if steps < 1:
         raise reject("objective.steps", steps, "a whole number from 1 up")
     alpha = schedules.schedule(schedule, "objective.schedule")
@@ -141,10 +141,9 @@ def masked_losses(
     denoiser: Denoiser, params: Any, x: Int[Array, "batch length"], noise: Noised
 ) -> Float[Array, "batch length"]:
     """-log f(x_t)[i, x_i] where masked, 0 elsewhere; finite unless f excludes the token."""
-    log_f = denoise(denoiser, params, noise.x)
     # Chosen before anything is multiplied: 0 * inf would be NaN.
     targets = jnp.where(noise.masked, x, 0)
-    found = jnp.take_along_axis(log_f, targets[..., None], axis=-1)[..., 0]
+    found = target_log_f(denoiser, params, noise.x, targets)
     return -jnp.where(noise.masked, found, 0.0)
 
 
@@ -168,14 +167,3 @@ def nelbo(
     number = jnp.sum(noise.masked, axis=1)
     share = number / jnp.maximum(jnp.sum(free, axis=1), 1)
     return noise.weight * summed, share, summed / jnp.maximum(number, 1)
-
-
-def by_ratio(
-    share: Float[Array, " batch"], loss: Float[Array, " batch"], bins: int = 16
-) -> tuple[Float[Array, " bins"], Int[Array, " bins"]]:
-    """Sums of h_f and their numbers by mask ratio, (0, 1/bins], ..., (1 - 1/bins, 1]."""
-    place = jnp.clip(jnp.ceil(share * bins).astype(jnp.int32) - 1, 0, bins - 1)
-    counted = share > 0
-    zeros = jnp.zeros(bins)
-    sums = zeros.at[place].add(jnp.where(counted, loss, 0.0))
-    return sums, zeros.astype(jnp.int32).at[place].add(counted.astype(jnp.int32))

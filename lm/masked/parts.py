@@ -28,10 +28,12 @@ class Parts(NamedTuple):
     fields: its arguments.
     denoiser: the model as one; None for "ar".
     mask, pad: tokens V, and V + 1 or None.
-    curve: jitted; (params, batch, key, start) -> curves of a batch. "loss" is the model's
-      less -log q(x) / L; of a corpus the model's. Of a language also "excess", the model's
-      less the exact denoiser's on the same masks; "exact", that one's less -log q(x) / L;
-      and "entropy", this.
+    curve: jitted; (params, batch, key, start) -> curves of a batch and the loss of each text,
+      NaN where it does not count. "loss" is the model's; of a language there are "above",
+      this less -log q(x) / L; "exact", the exact denoiser's on the same masks less that; and
+      "excess", the model's less the exact denoiser's.
+    count: jitted; (params, batch, key, start) -> one draw of each text's NELBO, nats, and its
+      tokens: for texts of many lengths, which have no curve.
     likelihood: jitted; (params, batch) -> nats, -log q(x) and tokens of each text, of "ar".
     evaluate: state -> all figures, of the experiment.
     """
@@ -61,6 +63,7 @@ def parts_of(config) -> Parts:
         vocab=source.vocab + 1 + (pad is not None),
         causal=config.kind == "ar",
     )
+    fields["vocab"] = _rows(fields["vocab"])
     model = transformer.transformer(**fields)
     mask, denoiser = source.vocab, None
     if config.kind == "mdm":
@@ -89,11 +92,17 @@ def source_of(config) -> Source:
         return of_language(config)
     train, valid = corpus.pair(**config.data)
     least = max(reader(train).vocab_size, train.vocab)
+    least = max(least, valid.vocab)
     if config.vocab and config.vocab < least:
         raise reject("vocab", config.vocab, f"0 or at least {least}, as the tokenizer has")
     vocab = config.vocab or least
     pad = vocab + 1 if _padded(config) else None
     return of_corpus(config, train, valid, vocab, pad)
+
+
+def _rows(tokens: int) -> int:
+    """Rows of the embedding: of a large vocabulary a number that devices can share."""
+    return tokens if tokens < 1024 else -(-tokens // 128) * 128
 
 
 def _padded(config) -> bool:
@@ -115,26 +124,26 @@ def _curve(source, denoiser, prompt, params, batch, key, start):
     noised, visible = curve.prepared(key, x, start, denoiser.mask, prompt)
     tally = lambda value: curve.tallied(visible, value, length, counted)
     loss = curve.mean_loss(denoiser, params, x, noised)
-    if source.language is None:
-        found = {"loss": tally(loss)}
-    else:
+    found = {"loss": tally(loss)}
+    if source.language is not None:
         exact = curve.mean_loss(oracle(source.vocab), source.language, x, noised)
-        entropy = _surprise(source.language, x, prompt) / length
-        found = {
-            "loss": tally(loss - entropy),
+        entropy = surprise(source.language, x, prompt) / length
+        found |= {
+            "above": tally(loss - entropy),
             "excess": tally(loss - exact),
             "exact": tally(exact - entropy),
-            "entropy": tally(entropy),
         }
-    return meshes.replicate(found)
+    return meshes.replicate((found, jnp.where(counted, loss, jnp.nan)))
 
 
 def _count(source, denoiser, params, batch, key, start):
     """One draw of the count objective of each text, stratified over all of them."""
     x, free = source.texts(batch)
     total = jnp.sum(free, axis=1)
-    golden = (start + jnp.arange(len(x))) * 0.6180339887498949 % 1.0
-    n = 1 + jnp.minimum((golden * total).astype(jnp.int32), jnp.maximum(total - 1, 0))
+    # Multiples of the golden ratio modulo 1, exactly: texts and draws are spread evenly.
+    golden = (start + jnp.arange(len(x), dtype=jnp.uint32)) * jnp.uint32(2654435769)
+    u = (golden >> 8).astype(jnp.float32) * 2.0**-24
+    n = 1 + jnp.minimum((u * total).astype(jnp.int32), jnp.maximum(total - 1, 0))
     masked = objective.chosen(jax.random.uniform(key, x.shape), free, n)
     noised = objective.Noised(jnp.where(masked, denoiser.mask, x), masked, total / n)
     losses = objective.masked_losses(denoiser, params, x, noised)
@@ -147,12 +156,12 @@ def _likelihood(source, model, mask, prompt, params, batch):
     each = autoregressive.token_losses(model, params, x, mask)
     control = jnp.zeros(len(x))
     if source.language is not None:
-        control = _surprise(source.language, x, prompt)
+        control = surprise(source.language, x, prompt)
     nats = jnp.sum(jnp.where(free, each, 0.0), axis=1)
     return meshes.replicate(jnp.stack([nats, control, jnp.sum(free, axis=1)]))
 
 
-def _surprise(language, x, prompt):
+def surprise(language, x, prompt: int):
     """-log q of what follows the prompt, given the prompt."""
     whole = -judge.log_prob(language, x)
     return whole + judge.log_prob(language, x[:, :prompt]) if prompt else whole

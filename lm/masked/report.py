@@ -123,33 +123,48 @@ def headline(groups: dict[str, dict]) -> str:
 
 
 def judged(runs: dict[str, Run], found: list[dict]) -> str:
-    """Scores the texts of corpora with the autoregressive run beside them; its name, or "".
+    """Scores the texts of corpora with an autoregressive run of the same text; its name, or "".
 
     The rows get `judged` and its error: nats per token that the judge gives the texts.
     """
-    judges = [r for r in runs.values() if kind(r.config) == AR and not r.config.language.kind]
-    if not judges:
-        return ""
-    judge = judges[0]
-    parts = parts_of(judge.config)
-    params = judged_params(judge.state())
-
-    @jax.jit
-    def score(params, x):
-        each = autoregressive.token_losses(parts.model, params, x, parts.mask)
-        return jnp.mean(each, axis=1)
-
+    names = set()
     for run in runs.values():
-        for name, texts in last(run).items():
-            if not name.startswith("texts_"):
-                continue
+        judge = next((r for r in runs.values() if _judges(r.config, run.config)), None)
+        texts = {k: v for k, v in last(run).items() if k.startswith("texts_")}
+        if judge is None or not texts:
+            continue
+        names.add(judge.name)
+        parts, params = parts_of(judge.config), judged_params(judge.state())
+
+        @jax.jit
+        def score(params, x, parts=parts):
+            each = autoregressive.token_losses(parts.model, params, x, parts.mask)
+            return jnp.mean(each, axis=1)
+
+        size = judge.config.eval.batch_size
+        for name, drawn in texts.items():
             sampler = name.removeprefix("texts_")
             mine = [r for r in found if r["run"] == run.name and r["sampler"] == sampler]
-            for row, x in zip(mine, np.asarray(texts, np.int32), strict=True):
-                nats = np.asarray(score(params, jnp.asarray(x)), float)
+            for row, x in zip(mine, np.asarray(drawn, np.int32), strict=True):
+                nats = np.concatenate(
+                    [
+                        score(params, jnp.asarray(x[i : i + size]))
+                        for i in range(0, len(x), size)
+                    ]
+                ).astype(float)
                 row["judged"] = float(nats.mean())
                 row["judged_error"] = float(nats.std(ddof=1) / np.sqrt(len(nats)))
-    return judge.name
+    return ", ".join(sorted(names))
+
+
+def _judges(judge, config) -> bool:
+    """Whether an autoregressive run knows the texts of another one."""
+    text = lambda c: kind(c) != THEORY and not (c.language.kind or c.language.path)
+    if not (text(judge) and text(config) and kind(judge) == AR):
+        return False
+    same = ("path", "valid", "tokenizer", "pack")
+    fits = judge.length >= config.length and judge.vocab == config.vocab
+    return fits and all(judge.data[name] == config.data[name] for name in same)
 
 
 def speeds(runs: dict[str, Run]) -> dict:
@@ -205,8 +220,8 @@ def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
             lines.append([
                 sampler, str(length), str(steps),
                 _number(*gap), _number(bound),
-                _number(ter - entropy, ter_error), _number(ser, error), _number(closed),
-                _number(rows.ser_bound(group[0])), _number(rate, digits=3),
+                _number(ter - entropy, ter_error), _ser(config, ser, error), _number(closed),
+                _number(rows.ser_bound(group)), _number(rate, digits=3),
                 _number(mean(group, "calls")[0], digits=1),
             ])  # fmt: skip
         head = [
@@ -215,10 +230,15 @@ def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
         ]  # fmt: skip
         texts = config.steps * config.batch_size
         said = f"{each[0]['language']}, {texts:,} texts for each row."
-        if all(not row["ser"] for row in each):
-            said += f" {known.WHY_NO_SER}" if known.full_support(config) else ""
+        if known.full_support(config):
+            said += f" {known.WHY_NO_SER}"
         made += [f"## Exact denoiser: {name}", said, _table(head, lines)]
     return made
+
+
+def _ser(config, value: float, error: float | None) -> str:
+    """SER, or that it says nothing."""
+    return "not informative" if known.full_support(config) else _number(value, error)
 
 
 def _exact(runs: dict[str, Run]) -> list[str]:
@@ -229,7 +249,7 @@ def _exact(runs: dict[str, Run]) -> list[str]:
             continue
         for i, n in enumerate(np.atleast_1d(found["exact_steps"]).tolist()):
             lines.append([
-                run.name, str(run.config.theory.exact), str(n),
+                run.name, str(found["exact_length"]), str(n),
                 *(f"{np.atleast_1d(found[f'exact_{f}'])[i]:.9f}" for f in ("ser", "kl", "ter")),
             ])  # fmt: skip
     head = ["run", "L", "T", "SER", "KL(q, p), nats", "log TER, nats"]
@@ -244,31 +264,35 @@ def _learned(runs: dict[str, Run], found: list[dict]) -> list[str]:
         return []
     ends, lines = [], []
     for name, each in by_variant(some).items():
-        group = summarize(runs, each)
+        group, run = summarize(runs, each), runs[each[0]["run"]]
         seq = 1 - np.exp(-each[0]["length"] * max(group["gap"], 0))
+        leak = group["gap_error"] is not None and group["gap"] < -3 * group["gap_error"]
         ends.append([
             name, each[0]["language"], str(each[0]["length"]),
             _number(group["nats"], group.get("nats_error")),
-            _number(group["gap"], group["gap_error"]), _number(seq),
+            _number(group["gap"], group["gap_error"]) + (" **LEAK**" if leak else ""),
+            _number(seq),
         ])  # fmt: skip
-        run = runs[each[0]["run"]]
         for (sampler, length, steps), rows_ in points(each):
-            exact = (
-                known.exact_gap(run, np.array([steps]))[0] if sampler == "ancestral" else None
-            )
+            exact = None
+            if sampler == "ancestral" and "exact" in last(run):
+                exact = known.exact_gap(run, np.array([steps]))[0] + group["gap"]
             lines.append([
                 name, sampler, str(length), str(steps), _number(*mean(rows_, "gap")),
-                _number(None if exact is None else exact + group["gap"]),
-                _number(*mean(rows_, "ter")), _number(*mean(rows_, "ser")),
+                _number(exact), _number(*mean(rows_, "ter")),
+                _ser(run.config, *mean(rows_, "ser")), _number(rows.ser_bound(rows_)),
                 _number(mean(rows_, "entropy_2")[0], digits=3),
                 _number(mean(rows_, "calls")[0], digits=1),
             ])  # fmt: skip
     head = ["run", "language", "L", "nats", "gap", "1 - exp(-L gap)"]
     each = [
         "run", "sampler", "L", "T", "bound - H/L", "exact + learning gap", "written", "SER",
-        "2-gram entropy", "calls",
+        "SER at most", "2-gram entropy", "calls",
     ]  # fmt: skip
-    said = "*Gap* is above the entropy; one position at a time, SER is at most the last column."
+    said = (
+        "*Gap* is above the entropy; one position at a time, SER is at most the last column. A "
+        "gap below zero by more than three errors is marked: the model has seen its targets."
+    )
     return ["## Trained models", said, _table(head, ends), _table(each, lines)]
 
 

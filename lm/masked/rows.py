@@ -15,7 +15,7 @@ import numpy as np
 from common import config as configs
 from common import metrics
 from common.experiment import Run
-from lm.masked import curve, schedules, settings
+from lm.masked import curve, plans, schedules, settings
 
 THEORY, AR, MDM = "theory", "ar", "mdm"
 COLUMNS = (
@@ -33,6 +33,8 @@ COLUMNS = (
     "gap",
     "gap_error",
     "ter_bound",
+    "perplexity",
+    "bits",
     "ter",
     "ter_error",
     "ser",
@@ -47,6 +49,7 @@ COLUMNS = (
     "judged_error",
     "calls",
     "rounds",
+    "clipped",
 )
 
 
@@ -72,7 +75,7 @@ def rows_of(runs: dict[str, Run]) -> list[dict]:
 
 
 def one_run(run: Run) -> list[dict]:
-    """The rows of one run; what is not known is None."""
+    """The rows of one run, None for what is not known; bits are of `ter_bound`."""
     config, found = run.config, last(run)
     which = kind(config)
     base = dict.fromkeys(COLUMNS) | {
@@ -84,9 +87,15 @@ def one_run(run: Run) -> list[dict]:
         "language": config.language.path or config.language.kind or "text",
     }
     if which == THEORY:
-        return _theory(base, config, found)
-    samplers = config.eval.samplers if which == MDM else (AR,)
-    return [row for name in samplers for row in _learned(base, config, found, name)]
+        made = _theory(base, config, found)
+    else:
+        samplers = config.eval.samplers if which == MDM else (AR,)
+        made = [row for name in samplers for row in _learned(base, config, found, name)]
+    for row in made:
+        if row["ter_bound"] is not None:
+            row["perplexity"] = float(np.exp(row["ter_bound"]))
+            row["bits"] = float(row["ter_bound"] / np.log(2))
+    return made
 
 
 def excess(config, sampler: str, length: int, steps: int) -> np.ndarray | None:
@@ -107,7 +116,7 @@ def excess(config, sampler: str, length: int, steps: int) -> np.ndarray | None:
         sizes = np.full(steps, config.sampler.per_call)
         sizes[-1] = length - sizes[:-1].sum()
     else:
-        sizes = n_each(length, steps)
+        sizes = plans.sizes(length, steps)
     return curve.grouped(length, sizes) - curve.whole(length)
 
 
@@ -120,10 +129,9 @@ def _theory(base: dict, config, found: dict) -> list[dict]:
                 row = base | {"sampler": name, "length": length, "steps": n}
                 row |= {"entropy": entropy, "texts": config.steps * config.batch_size}
                 for field in ("ser", "ser_error", "ter", "ter_error", "calls", "rounds"):
-                    row[field] = float(np.atleast_1d(found[f"{field}_{name}_{length}"])[i])
+                    value = float(np.atleast_1d(found[f"{field}_{name}_{length}"])[i])
+                    row[field] = value if np.isfinite(value) else None
                 row["unsupported"] = row["ser"]
-                if row["ser"] == 1:
-                    row["ter"] = row["ter_error"] = None
                 more = excess(config, name, length, n)
                 if more is not None and f"h_{length}" in found:
                     gap = curve.linear(found[f"h_{length}"], found[f"h_error_{length}"], more)
@@ -159,16 +167,13 @@ def _learned(base: dict, config, found: dict, name: str) -> list[dict]:
     return made
 
 
-def ser_bound(row: dict) -> float | None:
-    """1 - exp(-L gap), which no sampler with that bound exceeds; None without one."""
-    if row["gap"] is None:
+def ser_bound(rows: list[dict]) -> float | None:
+    """1 - exp(-L gap) of rows that differ in their seeds, which no sampler with that bound
+    exceeds; None without one."""
+    gap, _ = mean(rows, "gap")
+    if not np.isfinite(gap):
         return None
-    return float(-np.expm1(-row["length"] * max(row["gap"], 0.0)))
-
-
-def n_each(length: int, steps: int) -> np.ndarray:
-    """Positions of each step of `count`."""
-    return length // steps + (np.arange(steps) < length % steps)
+    return float(-np.expm1(-rows[0]["length"] * max(gap, 0.0)))
 
 
 def digest(config) -> str:
@@ -187,10 +192,15 @@ def write(rows: list[dict], path: Path) -> None:
 
 
 def mean(rows: list[dict], field: str) -> tuple[float, float | None]:
-    """Over seeds: the mean and its standard error; of one seed the row's own error."""
-    values = [row[field] for row in rows if row[field] is not None]
-    if not values:
+    """Over seeds: the mean and its standard error, between seeds and within each."""
+    known = [row for row in rows if row[field] is not None]
+    if not known:
         return float("nan"), None
-    if len(values) > 1:
-        return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
-    return values[0], rows[0].get(f"{field}_error")
+    values = [row[field] for row in known]
+    own = [row.get(f"{field}_error") for row in known]
+    within = None if any(e is None for e in own) else np.sqrt(np.sum(np.square(own))) / len(own)
+    if len(values) == 1:
+        return values[0], own[0]
+    # Runs may share held-out texts, so the two are added: rather too large than too small.
+    between = np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(np.hypot(between, within or 0.0))

@@ -51,7 +51,6 @@ def sample(
     settings: Settings,
     prompt: Int[Array, "batch length"] | Int[np.ndarray, "batch length"] | None = None,
     history: bool = False,
-    pad: int | None = None,
     first: int | Int[Array, ""] = 0,
 ) -> Result:
     """Writes B texts of L tokens. Compiled whole; may be part of a larger program.
@@ -64,7 +63,6 @@ def sample(
       prompt: int32, the mask where a token is to be written; the others stay as they are.
         None: all masks.
       history: keep x of every step of remask; then T is part of the shape.
-      pad: another token that a prompt may have.
       first: the number of the first text: batches of one key then make one set of texts,
         whatever their sizes.
 
@@ -82,7 +80,7 @@ def sample(
     if prompt is None:
         x = jnp.full((batch, length), denoiser.mask, jnp.int32)
     else:
-        check_prompt(prompt, batch, length, denoiser, pad)
+        check_prompt(prompt, batch, length, denoiser)
         x = jnp.array(prompt, jnp.int32)  # A copy: x is donated.
     if settings.kind == "remask":
         data = remask.table(settings)
@@ -128,9 +126,7 @@ _run = partial(
 )(written)
 
 
-def check_prompt(
-    prompt: Any, batch: int, length: int, denoiser: Denoiser, pad: int | None = None
-) -> None:
+def check_prompt(prompt: Any, batch: int, length: int, denoiser: Denoiser) -> None:
     """Refuses a prompt of another shape, or with tokens that are none.
 
     A prompt that is being traced has its shape checked only.
@@ -154,7 +150,7 @@ def check_prompt(
         return
     host = np.asarray(prompt)
     known = (host >= 0) & (host < denoiser.vocab) | (host == denoiser.mask)
-    known |= host == (denoiser.mask if pad is None else pad)
+    known |= host == (denoiser.mask if denoiser.pad is None else denoiser.pad)
     if not known.all():
         row, place = np.argwhere(~known)[0]
         raise UserError(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from common.errors import UserError, reject
@@ -116,6 +117,8 @@ def settings(**fields) -> Settings:
     if made.t_off > made.t_on or made.t_on == 1:
         raise reject("sampler.t_on", made.t_on, f"below 1 and at least t_off, {made.t_off}")
     schedules.schedule(made.schedule, "sampler.schedule")
+    if made.kind == "remask" and made.cache != "none":
+        raise reject("sampler.cache", made.cache, "none with remask, which writes a whole text")
     if made.kind == "remask" and made.block:
         raise reject("sampler.block", made.block, "0 with remask, which writes a whole text")
     return made
@@ -221,5 +224,7 @@ def rows(given: Settings, batch: int, length: int, vocab: int) -> int:
     if given.rows:
         return min(given.rows, length)
     if given.kind in ADAPTIVE:
-        return min(length, max(8, 2**20 // (batch * vocab)))
+        # An accelerator has the memory, and reads a large head for every part.
+        logits = 2**20 if jax.default_backend() == "cpu" else 2**28
+        return min(length, max(8, logits // (batch * vocab)))
     return min(length, max(8, min(length // 4, 2**16 // (batch * vocab))))

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from lm.masked import autoregressive, settings, sweep
-from lm.masked.denoiser import denoise
 from lm.masked.parts import Parts
 from lm.transformer import transformer
 
@@ -48,7 +47,8 @@ def seconds(function: Any, repeats: int) -> tuple[float, float]:
 def measured(config, parts: Parts, params: Any, kinds: tuple[str, ...] = ("count",)) -> dict:
     """Times of a trained masked model, and of an autoregressive one with its blocks.
 
-    The autoregressive model has random weights: its speed does not depend on them.
+    The autoregressive model has random weights: its speed does not depend on them. A masked
+    call is one of `count`, with the head and the draws of what it fills in.
 
     Returns:
       batches; length; forward, decode: seconds of one masked call and of one autoregressive
@@ -56,42 +56,51 @@ def measured(config, parts: Parts, params: Any, kinds: tuple[str, ...] = ("count
       batch, with seconds, calls of a text and tokens a second (written ones, no prompt).
     """
     length, s = config.length, config.speed
-    fields = dict(parts.fields) | {"causal": True}
-    other = transformer(**fields)
+    other = transformer(**dict(parts.fields) | {"causal": True})
     weights = jax.jit(other.init)(jax.random.key(0))
     keys = lambda i: jax.random.fold_in(jax.random.key(1), i)
     rows, forward, decode, spread = [], [], [], []
-    whole = jax.jit(lambda params, x: denoise(parts.denoiser, params, x))
     plain = settings.settings()
+
+    def sampler(kind, steps):
+        # Whole texts: blocks and caches are those of the config's own sampler.
+        fields = dict(config.sampler) | {"kind": kind, "steps": steps}
+        made = settings.settings(**fields | {"block": 0, "cache": "none", "allow_clamp": True})
+        return settings.fit(made, length, parts.source.vocab)
+
     for batch in s.batches:
-        x = np.full((batch, length), parts.mask, np.int32)
-        one, error = seconds(lambda i, x=x: whole(params, x), s.repeats)
-        forward.append(one)
+
+        def timed(made, batch=batch):
+            run = lambda i: sweep.write(config, parts, params, made, keys(i), batch)
+            return *seconds(run, s.repeats), float(np.mean(run(1).calls))
+
+        steps = min(s.steps[0], length)
+        took, error, _ = timed(sampler("count", steps))
+        forward.append(took / steps)
         for name in ("ar", "ar_nocache"):
             run = getattr(autoregressive, name)
 
             def write(i, run=run, batch=batch):
                 return run(keys(i), other, weights, batch, length, plain, parts.mask).tokens
 
-            took, more = seconds(write, s.repeats)
-            rows.append(_row(name, length, batch, took, length, length))
+            whole, more = seconds(write, s.repeats)
+            rows.append(_row(name, length, batch, whole, length, length))
             if name == "ar":
-                decode.append(took / length)
-                spread.append(np.hypot(more / took, error / one))
-        for kind in kinds:
-            free = kind in settings.FREE_RUNNING
-            for steps in s.steps[:1] if free else s.steps:
-                made = settings.settings(
-                    **dict(config.sampler) | {"kind": kind, "steps": steps}
-                )
-                made = settings.fit(made, length, 2**31)
-
-                def write(i, made=made, batch=batch):
-                    return sweep.write(config, parts, params, made, keys(i), batch)
-
-                took, _ = seconds(write, s.repeats)
-                calls = float(np.mean(write(1).calls))
-                rows.append(_row(kind, made.steps, batch, took, calls, length))
+                decode.append(whole / length)
+                spread.append(np.hypot(more / whole, error / took))
+        todo = [
+            sampler(kind, steps)
+            for kind in kinds
+            for steps in (s.steps[:1] if kind in settings.FREE_RUNNING else s.steps)
+        ]
+        own = settings.settings(**config.sampler)
+        if own.block:
+            todo.append(settings.fit(own, length, parts.source.vocab))
+        for made in dict.fromkeys(todo):
+            took, _, calls = timed(made)
+            cache = f", {made.cache} cache" if made.cache != "none" else ""
+            name = f"{made.kind}, blocks of {made.block}{cache}" if made.block else made.kind
+            rows.append(_row(name, made.steps, batch, took, calls, length))
     star = length * np.array(decode) / np.array(forward)
     return {
         "batches": list(s.batches),
@@ -116,24 +125,20 @@ def _row(name, steps, batch, took, calls, length) -> dict:
 
 
 def cost_model(found: dict, batch: np.ndarray) -> np.ndarray:
-    """T* = L t_decode / t_forward from two overheads and one price per token.
+    """T* = L t_decode / t_forward from three numbers, for every batch.
 
-    t_decode(B) = d + c B and t_forward(B) = f + c' B: the overheads are met at the smallest
-    batch, the prices at the largest.
+        t_decode(B) = max(d, p B),   t_forward(B) = max(f, p B L)
+
+    Overheads d and f are those of the smallest batch; p, the price of a token, is that of the
+    masked model's largest. So T* at every other batch is a prediction: it falls as 1 / B once a
+    call is bound by arithmetic, until tokens are, too, and T* is 1.
     """
     sizes = np.array(found["batches"], float)
-    order = np.argsort(sizes)
-
-    def line(times):
-        times = np.array(times)[order]
-        b = sizes[order]
-        if len(b) == 1:
-            return lambda x: np.full_like(x, times[0])
-        slope = max((times[-1] - times[0]) / (b[-1] - b[0]), 0)
-        return lambda x: times[0] + slope * (x - b[0])
-
-    decode, forward = line(found["decode"]), line(found["forward"])
-    return found["length"] * decode(batch) / forward(batch)
+    small, large, length = sizes.argmin(), sizes.argmax(), found["length"]
+    price = found["forward"][large] / (sizes[large] * length)
+    decode = np.maximum(found["decode"][small], price * batch)
+    forward = np.maximum(found["forward"][small], price * batch * length)
+    return length * decode / forward
 
 
 def table(found: dict) -> str:

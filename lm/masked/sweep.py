@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common import mesh as meshes
 from lm.languages import evaluate as judge
 from lm.masked import autoregressive, blocks, settings
-from lm.masked.parts import Parts
+from lm.masked.parts import Parts, surprise
 from lm.masked.sample import Result, sample
 from lm.masked.texts import SAMPLES
 
@@ -35,14 +35,17 @@ def measured(config, parts: Parts, params: Any) -> dict:
     todo = [
         (name, made)
         for name in (config.eval.samplers if config.kind == "mdm" else ("ar",))
-        for made in (variants(config, name) if name != "ar" else (None,))
+        for made in (variants(config, name, parts.source.vocab) if name != "ar" else (None,))
     ]
+    given = config.objective.prompt
+    prompt = prompts(config, parts) if given else None
     found: dict[str, list] = {}
     for name, made in tqdm(todo, desc="sampling", leave=False, disable=None):
-        one = drawn(config, parts, params, made, config.eval.samples)
-        row = scores(parts.source.language, one.tokens, parts.source.vocab)
-        row |= {"steps": made.steps if made else config.length}
-        row |= {"calls": np.mean(one.calls), "rounds": one.rounds}
+        start = prompt if made or prompt is None else prompt[:, :given]
+        one = drawn(config, parts, params, made, config.eval.samples, start)
+        row = scores(parts.source.language, one.tokens, parts.source.vocab, given)
+        row |= {"steps": made.steps if made else config.length - given}
+        row |= {"calls": np.mean(one.calls), "rounds": one.rounds, "clipped": one.clipped}
         if parts.source.language is None:
             row["texts"] = one.tokens
         for field, value in row.items():
@@ -50,7 +53,19 @@ def measured(config, parts: Parts, params: Any) -> dict:
     return {name: np.array(values) for name, values in found.items()}
 
 
-def variants(config, kind: str) -> list[settings.Settings]:
+def prompts(config, parts: Parts) -> np.ndarray:
+    """Held-out texts with all but `objective.prompt` tokens masked: int32 [samples, L]."""
+    count = config.eval.samples
+    found = [
+        np.asarray(parts.source.texts(jax.tree.map(jnp.asarray, one))[0])
+        for one in parts.source.held_out(count, config.eval.batch_size)
+    ]
+    x = np.resize(np.concatenate(found), (count, config.length)).astype(np.int32)
+    x[:, config.objective.prompt :] = parts.mask
+    return x
+
+
+def variants(config, kind: str, vocab: int) -> list[settings.Settings]:
     """One sampler for each number of steps, those that are one and the same left out.
 
     Raises:
@@ -60,7 +75,7 @@ def variants(config, kind: str) -> list[settings.Settings]:
         settings.settings(**dict(config.sampler) | {"kind": kind, "steps": steps})
         for steps in config.eval.steps
     ]
-    fitted = [settings.fit(one, config.length, 2**31) for one in made]
+    fitted = [settings.fit(one, config.length, vocab) for one in made]
     return fitted[:1] if kind in settings.FREE_RUNNING else list(dict.fromkeys(fitted))
 
 
@@ -83,9 +98,8 @@ def drawn(config, parts: Parts, params: Any, made, samples: int, prompt=None) ->
         pieces.append(jax.tree.map(np.asarray, jax.device_get(one)))
     join = lambda name: np.concatenate([getattr(p, name) for p in pieces])[:samples]
     rounds = np.mean([p.rounds for p in pieces])
-    return pieces[0]._replace(
-        tokens=join("tokens"), calls=join("calls"), when=join("when"), rounds=rounds
-    )
+    clipped = int(sum(np.sum(p.clipped) for p in pieces))
+    return Result(join("tokens"), join("calls"), rounds, join("when"), None, clipped)
 
 
 def write(
@@ -111,28 +125,28 @@ def write(
             pad=parts.pad,
             first=first,
         )
-    return sample(
-        key, parts.denoiser, params, size, length, made, prompt, pad=parts.pad, first=first
-    )
+    return sample(key, parts.denoiser, params, size, length, made, prompt, first=first)
 
 
-def scores(language: Any, tokens: np.ndarray, vocab: int) -> dict:
+def scores(language: Any, tokens: np.ndarray, vocab: int, prompt: int = 0) -> dict:
     """SER and generative TER under a language, and the entropies of n-grams.
 
     Args:
       language: on the device; None if nothing is known.
       tokens: int32 [samples, L].
+      prompt: tokens at the start that were given: the TER is of the others, given these.
     """
-    found = judge.diversity(tokens, vocab)
+    found = judge.diversity(tokens[:, prompt:], vocab)
     if language is None:
         return found
     x = jnp.asarray(tokens)
-    right, log_q = (np.asarray(f(language, x)) for f in (judge.supported, judge.log_prob))
+    right = np.asarray(judge.supported(language, x))
+    nats = np.asarray(surprise(language, x, prompt))
     wrong = 1 - right.mean()
-    ter = judge.generative(log_q, tokens.shape[1])
+    ter = judge.generative(np.where(right, -nats, -np.inf), tokens.shape[1] - prompt)
     return found | {
         "ser": wrong,
-        "ser_error": np.sqrt(wrong * (1 - wrong) / len(right)),
+        "ser_error": judge.share_error(np.sum(~right), len(right)),
         "ter": ter.mean,
         "ter_error": ter.error,
         "unsupported": ter.unsupported,

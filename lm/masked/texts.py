@@ -17,7 +17,7 @@ from common.errors import reject
 from lm import batches, corpus
 from lm.languages import build, evaluate, hmm
 
-TRAINING, HELD_OUT, SAMPLES = 0, 1, 2
+TRAINING, HELD_OUT, SAMPLES, THEORY = 0, 1, 2, 3
 LARGEST = 2**31 - 1
 
 
@@ -31,7 +31,8 @@ class Source(NamedTuple):
       texts: traced; such arrays -> (x int32 [B, L], free bool [B, L]): the tokens, and those
         that are the answer. Others are a prompt, `pad`, or text that no loss is asked for.
       ragged: whether texts are shorter than L, with `pad` after their end.
-      held_out: host; number of texts, batch size -> batches of exactly that size.
+      held_out: host; number of texts, batch size -> batches of exactly that size. Texts of a
+        language do not end.
       train, valid: the corpora; None for a language.
     """
 
@@ -94,7 +95,7 @@ def keys_of(
     key = jax.random.fold_in(jax.random.key(table), 1)
 
     def one(part, text):
-        run = jnp.where(part == TRAINING, seed, 0)
+        run = jnp.where(part == HELD_OUT, 0, seed)
         of_part = jax.random.fold_in(jax.random.fold_in(key, part), run)
         return jax.random.fold_in(of_part, text)
 

@@ -147,10 +147,9 @@ def test_speed_tells_tokens_a_second_and_break_even(corpus_file, trained, tmp_pa
     )
     star = np.array(found["decode"]) / np.array(found["forward"]) * 16
     np.testing.assert_allclose(found["break_even"], star)
-    known = dict(batches=[1, 4], length=10, decode=[1.0, 2.5], forward=[2.0, 14.0])
-    np.testing.assert_allclose(
-        speed.cost_model(known, np.array([1.0, 2.0, 4.0])), [5, 10 * 1.5 / 6, 25 / 14]
-    )
+    known = dict(batches=[1, 8], length=10, decode=[1.0, 9.0], forward=[2.0, 16.0])
+    want = [10 * 1 / 2, 10 * 1 / 4, 10 * 1.6 / 16, 1]  # The price is 0.2.
+    np.testing.assert_allclose(speed.cost_model(known, np.array([1.0, 2, 8, 80])), want)
     assert "| count | 4 | 2 |" in speed.table(found)
     with pytest.raises(UserError, match=r"config.speed.batches is \(\)"):
         act("speed", setting(corpus_file), trained, tmp_path)

@@ -13,7 +13,8 @@ from scipy import special
 from common import mesh as meshes
 from common.errors import UserError
 from lm.masked import curve, objective, schedules
-from lm.masked.denoiser import carry_over, denoise, plain
+from lm.masked import denoiser as denoisers
+from lm.masked.denoiser import carry_over, denoise, plain, target_log_f
 from tests.lm.masked.lookups import lookup, random_law, table, texts
 
 V, L = 2, 4
@@ -148,10 +149,11 @@ def test_shards_draw_what_one_device_draws():
 
 
 def test_ratios_are_binned_from_above():
-    share = jnp.array([0.0, 1 / 16, 0.07, 1.0])
-    sums, number = objective.by_ratio(share, jnp.array([9.0, 1.0, 2.0, 3.0]))
-    assert number.tolist() == [1, 1] + [0] * 13 + [1]
-    np.testing.assert_allclose(sums[jnp.array([0, 1, 15])], [1, 2, 3])
+    h = np.arange(32.0)  # n visible of 32: mask ratios 32/32, 31/32, ...
+    found = curve.by_ratio(h, 16)
+    np.testing.assert_allclose(found, [30.5 - 2 * i for i in range(16)])
+    few = curve.by_ratio(np.array([3.0, 5.0]), 4)
+    np.testing.assert_array_equal(few, [np.nan, 5, np.nan, 3])
 
 
 def test_carry_over_puts_the_visible_token_first():
@@ -162,13 +164,30 @@ def test_carry_over_puts_the_visible_token_first():
     np.testing.assert_array_equal(found[0, 1], denoise(EXACT, PARAMS, x)[0, 1])
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_logits_in_parts_are_those_of_the_whole(monkeypatch, devices):
+    x = jnp.asarray(np.tile(EVERY, (1, 1)))
+    noisy = x.at[:, ::2].set(V)
+
+    def loss(rows):
+        return jnp.sum(target_log_f(EXACT, rows, noisy, x) * (1 + jnp.arange(L)))
+
+    want = jax.value_and_grad(loss)(PARAMS)
+    monkeypatch.setattr(denoisers, "LOGITS", len(x) * V)
+    with jax.set_mesh(meshes.make(devices=jax.devices()[:devices])):
+        text = str(jax.make_jaxpr(loss)(PARAMS))
+        found = jax.jit(jax.value_and_grad(loss))(PARAMS)
+    assert f"{len(x)},1,{V}" in text
+    chex.assert_trees_all_close(found, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         (dict(kind="nelbo"), "objective.kind is 'nelbo'"),
         (dict(schedule="sine"), "objective.schedule is 'sine'"),
         (dict(grid="log"), "objective.grid is 'log'"),
-        (dict(floor=1.0), "objective.floor is 1.0"),
+        (dict(floor=0.0), "objective.floor is 0.0"),
         (dict(steps=0), "objective.steps is 0"),
     ],
 )

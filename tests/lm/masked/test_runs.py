@@ -199,9 +199,27 @@ def test_a_sweep_draws_the_same_texts_in_any_batches():
     np.testing.assert_array_equal(found[0].calls, found[1].calls)
 
 
+def test_a_sweep_gives_the_prompts_that_training_gave():
+    config = variant("mdm-pairs", objective=dict(prompt=3), eval=dict(samples=8, steps=(4,)))
+    made = parts.parts_of(config)
+    params = made.model.init(jax.random.key(0))
+    prompt = sweep.prompts(config, made)
+    assert np.all(prompt[:, 0] == prompt[:, 1])
+    assert np.all((prompt == made.mask) == (np.arange(8) >= 3))
+    one = settings.settings(kind="ancestral", steps=4)
+    found = sweep.drawn(config, made, params, one, 8, prompt)
+    np.testing.assert_array_equal(found.tokens[:, :3], prompt[:, :3])
+    assert np.all((found.when < 0) == (np.arange(8) < 3))
+    right = np.array([[0, 0, 1, 1, 2, 2, 0, 0]] * 2)
+    score = sweep.scores(made.source.language, right, 3, 3)
+    # Of five tokens the first is known, the others are two pairs.
+    assert score["ter"] == pytest.approx(2 * np.log(3) / 5, rel=1e-5)
+    assert sweep.measured(config, made, params)["calls_ancestral"][0] <= 4
+
+
 def test_samplers_of_a_sweep_are_those_that_differ():
     config = variant("mdm-pairs", eval=dict(steps=(2, 8, 16, 32)))
-    steps = lambda kind: [made.steps for made in sweep.variants(config, kind)]
+    steps = lambda kind: [made.steps for made in sweep.variants(config, kind, 3)]
     assert steps("ancestral") == [2, 8, 16, 32]
     assert steps("count") == [2, 8]  # Clamped to L.
     assert len(steps("first_hitting")) == 1
@@ -259,7 +277,7 @@ def test_the_exact_denoiser_has_the_closed_forms(exact):
     # Both of a pair among the four that come first, or the four that come last: 3/7.
     gap, error = gaps["count", 2]
     assert abs(gap - 3 / 7 * np.log(3) / 2) < 4.5 * error
-    assert all(r["ser"] <= rows.ser_bound(r) + 3 * r["ser_error"] + 0.02 for r in made)
+    assert all(r["ser"] <= rows.ser_bound([r]) + 3 * r["ser_error"] + 0.02 for r in made)
     assert found["ser_count_8"][-1] == 0
     assert found["calls_count_8"].tolist() == [2, 4, 8]
     np.testing.assert_allclose(found["ter_count_8"], np.log(3) / 2, rtol=1e-5)
@@ -355,7 +373,10 @@ def test_rows_know_bound_and_gap():
         ("mdm-pairs", dict(language=dict(kind=""), vocab=100), "config.vocab is 100"),
         ("exact", dict(language=dict(kind="")), "config.language.kind is ''"),
         ("exact", dict(theory=dict(lengths=())), "config.theory.lengths is ()"),
-        ("exact", dict(theory=dict(exact=20)), "too many to enumerate"),
+        ("exact", dict(theory=dict(exact=-1)), "config.theory.exact is -1"),
+        ("mdm-pairs", dict(sampler=dict(top_k=4)), "sampler.top_k is 4"),
+        ("mdm-pairs", dict(eval=dict(texts=15)), "config.eval.texts is 15"),
+        ("mdm-pairs", dict(objective=dict(floor=0.0)), "config.objective.floor is 0.0"),
         ("exact", dict(theory=dict(samplers=("best",))), "sampler.kind is 'best'"),
         ("exact", dict(theory=dict(steps=(9,), samplers=("count",))), "theory.steps is"),
     ],
@@ -389,4 +410,7 @@ def test_the_law_of_a_users_language(tmp_path):
     with np.load(tmp_path / "law.npz") as law:
         assert np.all(law["q"][code] > 0)
     assert masked_theory.exact(config, hmm.load(path)).q.sum() == pytest.approx(1)
+    config.theory.exact = 50
+    assert masked_theory.exact_length(config, 3) == 8
+    assert masked_theory.exact_length(config, 20) == 3
     assert json.dumps(configs.to_dict(config))

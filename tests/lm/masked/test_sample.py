@@ -143,7 +143,7 @@ def test_a_mask_inside_the_vocabulary_and_padding():
     inside = tables.plain(lambda p, x: jnp.broadcast_to(p, (*x.shape, 3)), 3, 0)
     prompt = np.array([[0, 0, 1, 3]], np.int32)
     for kind in ("ancestral", "threshold"):
-        found = sample(KEY, inside, log_p, 1, 4, made(kind), prompt, pad=3)
+        found = sample(KEY, inside._replace(pad=3), log_p, 1, 4, made(kind), prompt)
         np.testing.assert_array_equal(found.tokens[0, 2:], [1, 3])
         assert (np.asarray(found.tokens)[0, :2] > 0).all()
 
