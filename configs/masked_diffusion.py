@@ -70,6 +70,7 @@ def get_config(size: str = "small"):
         dtype="float32",
         attention="auto",
         tie=False,
+        absolute=True,  # Learned positions beside the rotary ones.
     )
     config.optim = dict(
         name="adamw",
@@ -219,7 +220,7 @@ def _sizes() -> dict:
         vocab=50_257,
         batch_size=512,
         length=1024,
-        model=dict(large["model"], dim=768, mlp=2048, heads=12, depth=12),
+        model=dict(large["model"], absolute=False, dim=768, mlp=2048, heads=12, depth=12),
         optim=dict(learning_rate=3e-4, warmup=0.0025, final=1.0, weight_decay=0.0),
         eval=dict(
             texts=5000, draws=1, batch_size=64, samples=256,
@@ -314,7 +315,7 @@ def _sizes() -> dict:
             length=128,
             steps=3000,
             batch_size=32,
-            model=dict(dim=96, mlp=256, depth=3),
+            model=dict(dim=96, mlp=256, absolute=False),
             optim=dict(learning_rate=4e-3, weight_decay=0.1),
             eval=dict(
                 texts=800, draws=4, samples=128, steps=(2, 4, 8, 16, 32, 64, 128),
@@ -375,8 +376,8 @@ def _sizes() -> dict:
             data=dict(end_cut=False),
             objective=dict(cut=0.01),
             model=dict(
-                large["model"], dim=4096, mlp=12288, heads=32, depth=32, rope_base=5e5,
-                norm_eps=1e-5,
+                large["model"], absolute=False, dim=4096, mlp=12288, heads=32, depth=32,
+                rope_base=5e5, norm_eps=1e-5,
             ),
             optim=dict(learning_rate=4e-4, warmup=0.0045, final=0.025, weight_decay=0.1),
             runs=dict(mdm=dict(kind="mdm")),

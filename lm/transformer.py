@@ -8,6 +8,7 @@ positions pair the two halves of a head, as Hugging Face's LLaMA does, so that `
 can hand the parameters over as they are. Blocks are stacked along axis 0 and scanned:
 
     embed/embedding [V, d]                     norm/scale [d]      head/kernel [d, V]
+    embed/position [absolute, d], if there is one
     blocks/q/kernel [L, d, heads * c]          blocks/o/kernel [L, heads * c, d]
     blocks/{k,v}/kernel [L, d, kv_heads * c]   c = d / heads
     blocks/{gate,up}/kernel [L, d, f]          blocks/down/kernel [L, f, d]
@@ -54,6 +55,7 @@ class _Settings(NamedTuple):
     tie: bool
     causal: bool
     block: int
+    absolute: int
 
     @property
     def head_dim(self) -> int:
@@ -83,6 +85,7 @@ def transformer(
     tie: bool = False,
     causal: bool = True,
     block: int = 0,
+    absolute: int = 0,
 ) -> Model:
     """The decoder of a config.
 
@@ -104,6 +107,9 @@ def transformer(
         `window` in the place of `start` and `extend`).
       block: of a model that is not causal; position i sees j iff j // block <= i // block,
         so that nothing changes any more in blocks on the left; 0: all see all.
+      absolute: rows of a table of learned positions, added to the embedding (the last row
+        serves all beyond); 0: none. Rotations tell distances only: a model that sees both
+        sides and no start cannot know where it is.
 
     Raises:
       UserError: a field is out of range, or fields do not fit each other.
@@ -123,11 +129,12 @@ def parameters(
     depth: int,
     kv_heads: int = 0,
     tie: bool = False,
+    absolute: int = 0,
     **rest: Any,
 ) -> int:
     """How many there are. Takes all arguments of `transformer`; `rest` changes nothing."""
     del rest
-    embeddings = vocab * dim * (1 if tie else 2)
+    embeddings = vocab * dim * (1 if tie else 2) + absolute * dim
     attention = 2 * dim * dim + 2 * dim * (dim // heads) * (kv_heads or heads)
     return embeddings + depth * (attention + 3 * dim * mlp + 2 * dim) + dim
 
@@ -145,6 +152,7 @@ def flops_per_token(*, length: int, **model: Any) -> int:
     """
     dim, depth, vocab = model["dim"], model["depth"], model["vocab"]
     looked_up = 0 if model.get("tie", False) else vocab * dim
+    looked_up += model.get("absolute", 0) * dim
     norms = (2 * depth + 1) * dim
     products = parameters(**model) - looked_up - norms
     return 6 * products + 12 * depth * dim * length
@@ -171,8 +179,9 @@ def _checked(s: _Settings) -> _Settings:
     for name in ("vocab", "dim", "mlp", "heads", "unroll"):
         if getattr(s, name) < 1:
             raise reject(f"model.{name}", getattr(s, name), whole.format(1))
-    if s.depth < 0:
-        raise reject("model.depth", s.depth, whole.format(0))
+    for name in ("depth", "absolute"):
+        if getattr(s, name) < 0:
+            raise reject(f"model.{name}", getattr(s, name), whole.format(0))
     if s.dim % s.heads:
         raise reject("model.heads", s.heads, f"a divisor of dim = {s.dim}")
     if s.head_dim % 2:
@@ -208,6 +217,7 @@ def _init(s: _Settings, key: jax.Array) -> Params:
         "up": (d, f),
         "down": (f, d),
     }
+    position = jax.random.fold_in(key, 1)
     embed, head, *keys = jax.random.split(key, 2 + len(shapes))
     normal = lambda key, shape: s.init_std * jax.random.normal(key, shape, s.wide)
     blocks = {
@@ -221,6 +231,8 @@ def _init(s: _Settings, key: jax.Array) -> Params:
         "blocks": blocks,
         "norm": ones(d),
     }
+    if s.absolute:
+        params["embed"]["position"] = normal(position, (s.absolute, d))
     return params if s.tie else params | {"head": {"kernel": normal(head, (d, s.vocab))}}
 
 
@@ -268,7 +280,7 @@ def _read(
             # A scan's body runs in a loop of its own, where nothing could be merged anyway.
             body = jax.checkpoint(body, prevent_cse=False)
         h, kept = jax.lax.scan(
-            body, _embedded(s, params, tokens), params["blocks"], unroll=s.unroll
+            body, _embedded(s, params, tokens, positions), params["blocks"], unroll=s.unroll
         )
         return _norm(s, h, params["norm"]), kept
 
@@ -342,7 +354,7 @@ def _cached(
 
     with precisely(s.dtype):
         turn = rotation(positions, s.head_dim, s.rope_base, s.wide)
-        start = _embedded(s, params, tokens), cache
+        start = _embedded(s, params, tokens, positions), cache
         (h, cache), _ = jax.lax.scan(body, start, (params["blocks"], jnp.arange(s.depth)))
         return _norm(s, h, params["norm"]), cache
 
@@ -369,9 +381,14 @@ def _linear(x: Float[Array, "b t i"], p: Params) -> Float[Array, "b t o"]:
     return x @ p["kernel"].astype(x.dtype)
 
 
-def _embedded(s: _Settings, params: Params, tokens: Array) -> Float[Array, "b t d"]:
+def _embedded(
+    s: _Settings, params: Params, tokens: Int[Array, "b t"], positions: Int[Array, "#b t"]
+) -> Float[Array, "b t d"]:
     # Rounded after the look-up, so that the gradient is summed up in full precision.
-    return params["embed"]["embedding"][tokens].astype(s.dtype)
+    h = params["embed"]["embedding"][tokens]
+    if s.absolute:
+        h = h + params["embed"]["position"][jnp.minimum(positions, s.absolute - 1)]
+    return h.astype(s.dtype)
 
 
 def _head(s: _Settings, params: Params, h: Float[Array, "b t d"]) -> Float[Array, "b t vocab"]:

@@ -164,6 +164,8 @@ def timed(config, parts: Parts, run: Run, folder: Path) -> str:
 def export(config, parts: Parts, run: Run, folder: Path) -> str:
     """Writes the weights as safetensors: LLaDA's names, or LLaMA's of an autoregressive run."""
     _no_input(run)
+    if config.model.absolute:
+        raise reject("model.absolute", True, "False: neither LLaDA nor LLaMA has such a table")
     gathered = jax.jit(meshes.replicate)
     params = jax.tree.map(lambda a: jax.device_get(gathered(a)), judged_params(run.state()))
     fields, length = parts.fields, config.length

@@ -64,6 +64,7 @@ def parts_of(config) -> Parts:
         causal=config.kind == "ar",
     )
     fields["vocab"] = _rows(fields["vocab"])
+    fields["absolute"] = config.length if config.model.absolute else 0
     model = transformer.transformer(**fields)
     mask, denoiser = source.vocab, None
     if config.kind == "mdm":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from lm.transformer import transformer
+from lm.transformer import parameters, transformer
 
 FIELDS = dict(vocab=11, dim=16, mlp=24, heads=4, kv_heads=2, depth=2, init_std=0.4)
 T = 8
@@ -144,3 +144,29 @@ def test_blocks_on_the_left_are_final():
 def test_what_cannot_be_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(UserError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_learned_positions_break_the_symmetry_of_places(causal):
+    """Of a row of equal tokens every place gets its own features, and the caches agree."""
+    sizes = dict(vocab=5, dim=16, mlp=24, heads=2, depth=2, causal=causal)
+    model = transformer(**sizes, absolute=6)
+    params = model.init(jax.random.key(0))
+    assert params["embed"]["position"].shape == (6, 16)
+    assert parameters(**sizes, absolute=6) == sum(a.size for a in jax.tree.leaves(params))
+    x = jnp.full((2, 8), 3)
+    h = model.hidden(params, x)
+    plain = transformer(**sizes).hidden(params, x)
+    assert np.abs(np.asarray(plain - plain[:, :1])).max() < 1e-5
+    assert np.abs(np.asarray(h[:, 1:6] - h[:, :5])).max(axis=-1).min() > 1e-4
+    moved = params | {"embed": params["embed"] | {"position": params["embed"]["position"][::-1]}}
+    assert np.abs(np.asarray(model.hidden(moved, x) - h)).max() > 1e-4
+    if causal:
+        logits, cache = model.extend(params, model.start(2, 8), x[:, :5], jnp.arange(5)[None])
+        more, _ = model.extend(params, cache, x[:, 5:], jnp.arange(5, 8)[None])
+        found = jnp.concatenate([logits, more], axis=1)
+        np.testing.assert_allclose(found, model.apply(params, x), atol=1e-5)
+    else:
+        _, cache = model.fill(params, x)
+        found, _ = model.window(params, cache, x[:, 3:6], jnp.int32(3))
+        np.testing.assert_allclose(found, h[:, 3:6], atol=1e-5)

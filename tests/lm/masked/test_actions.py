@@ -27,6 +27,7 @@ def corpus_file(tmp_path_factory):
 def setting(corpus_file, kind="mdm", **changes):
     made = configs.load("configs/masked_diffusion.py:test")
     configs.apply(made, dict(kind=kind, language=dict(kind=""), length=16))
+    configs.apply(made, dict(model=dict(absolute=False)))
     configs.apply(made, dict(data=dict(path=corpus_file), sample=dict(count=2, animate=False)))
     configs.apply(made, dict(sampler=dict(steps=4)) | changes)
     made.mesh.data = 1
