@@ -205,6 +205,8 @@ def learned(runs: dict[str, Run], rows: list[dict], path: Path):
                     value, _ = mean(other, "ser")
                     if same and np.isfinite(value):
                         below.axhline(value, color="k", ls=":", label=other[0]["variant"])
+            if known.full_support(run.config):
+                below.set_title("every text is in the language", fontsize=9)
             below.set(xscale="log", xlabel="steps T", ylabel="sequence error rate")
             below.set_ylim(-0.02, 1.02)
             for axis in (top, below):

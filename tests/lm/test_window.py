@@ -159,7 +159,9 @@ def test_learned_positions_break_the_symmetry_of_places(causal):
     plain = transformer(**sizes).hidden(params, x)
     assert np.abs(np.asarray(plain - plain[:, :1])).max() < 1e-5
     assert np.abs(np.asarray(h[:, 1:6] - h[:, :5])).max(axis=-1).min() > 1e-4
-    moved = params | {"embed": params["embed"] | {"position": params["embed"]["position"][::-1]}}
+    moved = params | {
+        "embed": params["embed"] | {"position": params["embed"]["position"][::-1]}
+    }
     assert np.abs(np.asarray(model.hidden(moved, x) - h)).max() > 1e-4
     if causal:
         logits, cache = model.extend(params, model.start(2, 8), x[:, :5], jnp.arange(5)[None])
