@@ -297,9 +297,9 @@ def _sizes() -> dict:
             | _both("sums", sums),
         ),
         "hmm": dict(
-            steps=30_000,
+            steps=20_000,
+            log_every=200,
             save_every=2000,
-            model=dict(dim=128, mlp=344, depth=4, unroll=4),
             eval=dict(texts=2048, samples=2048, samplers=("ancestral", "count")),
             runs=_both("hmm", hmm),
         ),

@@ -79,9 +79,11 @@ def summarize(runs: dict[str, Run], each: list[dict]) -> dict:
         values = [f[field] for f in same if field in f]
         if values:
             out[field] = float(np.mean(values))
-            own = same[0].get(f"{field}_error")
-            many = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else own
-            out[f"{field}_error"] = None if many is None else float(many)
+            own = [f.get(f"{field}_error", 0.0) for f in same if field in f]
+            within = np.sqrt(np.sum(np.square(own))) / len(own)
+            between = np.std(values, ddof=1) / np.sqrt(len(own)) if len(own) > 1 else 0.0
+            # Both, as in `rows.mean`: the runs judge by the same texts.
+            out[f"{field}_error"] = float(np.hypot(within, between))
     out["points"] = [
         {"sampler": sampler, "length": length, "steps": steps}
         | {

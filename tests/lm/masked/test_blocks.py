@@ -171,7 +171,7 @@ def test_texts_depend_on_neither_batch_nor_devices():
     ("fields", "others", "sentence"),
     [
         (dict(cache="none"), {}, "config.sampler.cache is 'none', but must be prefix or dual"),
-        (dict(kind="remask"), {}, "config.sampler.kind is 'remask'"),
+        (dict(kind="remask"), {}, "config.sampler.cache is '"),
         (dict(block=5), {}, "config.sampler.block is 5.*divisor of 12, as 4 or 6"),
         (dict(block=4, steps=4), {}, "config.sampler.steps is 4, but must be a multiple"),
         (dict(top_k=V + 1), {}, "config.sampler.top_k is 8"),
