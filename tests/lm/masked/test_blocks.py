@@ -171,7 +171,7 @@ def test_texts_depend_on_neither_batch_nor_devices():
     ("fields", "others", "sentence"),
     [
         (dict(cache="none"), {}, "config.sampler.cache is 'none', but must be prefix or dual"),
-        (dict(kind="remask"), {}, "config.sampler.cache is '"),
+        (dict(kind="remask"), {}, "config.sampler.cache is 'dual', but must be none"),
         (dict(block=5), {}, "config.sampler.block is 5.*divisor of 12, as 4 or 6"),
         (dict(block=4, steps=4), {}, "config.sampler.steps is 4, but must be a multiple"),
         (dict(top_k=V + 1), {}, "config.sampler.top_k is 8"),
@@ -185,9 +185,9 @@ def test_texts_depend_on_neither_batch_nor_devices():
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(fields, others, sentence):
-    made = settings(**dict(kind="count", steps=6, cache="dual") | fields)
-    given = dict(batch=2, length=L, settings=made, mask=V) | others
     with pytest.raises(UserError, match=sentence):
+        made = settings(**dict(kind="count", steps=6, cache="dual") | fields)
+        given = dict(batch=2, length=L, settings=made, mask=V) | others
         sample_cached(jax.random.key(0), BOTH_SIDES, PARAMS, **given)
 
 
