@@ -185,10 +185,13 @@ def test_texts_depend_on_neither_batch_nor_devices():
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(fields, others, sentence):
-    with pytest.raises(UserError, match=sentence):
+    def asked():
         made = settings(**dict(kind="count", steps=6, cache="dual") | fields)
         given = dict(batch=2, length=L, settings=made, mask=V) | others
-        sample_cached(jax.random.key(0), BOTH_SIDES, PARAMS, **given)
+        return sample_cached(jax.random.key(0), BOTH_SIDES, PARAMS, **given)
+
+    with pytest.raises(UserError, match=sentence):
+        asked()
 
 
 def test_a_causal_model_has_no_such_cache():
