@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -12,16 +13,17 @@ from scipy import special
 
 from common import mesh as meshes
 from common.errors import UserError
-from lm.masked import curve, objective, schedules
+from lm.masked import curve, objective, parts, schedules
 from lm.masked import denoiser as denoisers
 from lm.masked.denoiser import carry_over, denoise, plain, target_log_f
-from tests.lm.masked.lookups import lookup, random_law, table, texts
+from tests.lm.masked import tables
 
 V, L = 2, 4
-EVERY = texts(V, L)
-Q = random_law(V, L)
-ROWS = table(Q, V, L)
-EXACT = lookup(V, L)
+EVERY = np.array(list(product(range(V), repeat=L)))
+Q = np.random.default_rng(0).dirichlet(np.full(V**L, 3.0))
+with np.errstate(divide="ignore"):
+    ROWS = np.log(tables.posterior(Q.reshape((V,) * L)))
+EXACT = tables.denoiser(V, L)
 PARAMS = jnp.asarray(ROWS, jnp.float32)
 FIELDS = dict(
     kind="continuous", schedule="linear", grid="uniform", steps=3, floor=1e-3, stratify=True
@@ -256,3 +258,16 @@ def test_some_texts_and_the_tokens_of_a_prompt_do_not_count():
     nothing = curve.measured(jax.random.key(0), EXACT, PARAMS, x, 0, counted=x[:, 0] < 0)
     assert np.all(nothing.loss == 0)
     assert np.isnan(curve.information(nothing)[0]).all()
+
+
+def test_draws_of_ragged_texts_give_log_q():
+    """Stratified over texts and passes, and each text's own mean is its -log q."""
+    x = jnp.asarray(np.tile(EVERY, (16, 1)))
+    source = SimpleNamespace(texts=lambda batch: (batch, jnp.ones(batch.shape, bool)))
+    one = jax.jit(partial(parts._count, source, EXACT, PARAMS, x))
+    found = []
+    for i in range(64):
+        nats, tokens = one(jax.random.key(i), jnp.uint32(2_000_000_000 + i * len(x)))
+        assert np.all(tokens == L)
+        found += list(np.asarray(nats).reshape(16, -1))
+    close(found, -np.log(Q))

@@ -240,7 +240,8 @@ def exact():
     config = variant(
         "exact", batch_size=64, steps=8, theory=dict(lengths=(8,), steps=(2, 4, 8))
     )
-    configs.apply(config, dict(theory=dict(samplers=("ancestral", "count"))))
+    samplers = ("ancestral", "count", "first_hitting")
+    configs.apply(config, dict(theory=dict(samplers=samplers)))
     return config, *play(config, 8)
 
 
@@ -279,6 +280,9 @@ def test_the_exact_denoiser_has_the_closed_forms(exact):
     assert abs(gap - 3 / 7 * np.log(3) / 2) < 4.5 * error
     assert all(r["ser"] <= rows.ser_bound([r]) + 3 * r["ser_error"] + 0.02 for r in made)
     assert found["ser_count_8"][-1] == 0
+    assert found["ser_first_hitting_8"] == 0
+    assert found["calls_first_hitting_8"] == 8
+    assert rows.ser_bound([r for r in made if r["sampler"] == "first_hitting"]) == 0
     assert found["calls_count_8"].tolist() == [2, 4, 8]
     np.testing.assert_allclose(found["ter_count_8"], np.log(3) / 2, rtol=1e-5)
     assert abs(found["nelbo_8"]) < 4.5 * found["nelbo_error_8"]

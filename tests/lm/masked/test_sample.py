@@ -7,6 +7,7 @@ import pytest
 
 from common import mesh as meshes
 from common.errors import UserError
+from lm.masked.ladder import ladder
 from lm.masked.sample import frames, prompted, sample
 from lm.masked.settings import KINDS, settings
 from tests.lm.masked import tables
@@ -186,3 +187,23 @@ def test_what_cannot_be_is_refused(arguments, sentence):
     known = dict(batch=2, length=4, settings=settings(), prompt=None) | arguments
     with pytest.raises(UserError, match=sentence):
         sample(KEY, DENOISER, PARAMS, **known)
+
+
+@pytest.mark.parametrize("kind", ["ancestral", "threshold", "remask"])
+def test_a_ladder_is_each_of_its_rungs(kind):
+    fields = FIELDS[kind] | {"cache": "none"}
+    rungs = [settings(**fields | {"steps": steps}) for steps in (1, 2, 4)]
+    found = jax.jit(lambda key, params: ladder(key, DENOISER, params, 8, 4, rungs))(KEY, PARAMS)
+    for i, rung in enumerate(rungs):
+        want = sample(jax.random.fold_in(KEY, i), DENOISER, PARAMS, 8, 4, rung)
+        for name in ("tokens", "calls", "when"):
+            np.testing.assert_array_equal(getattr(found, name)[i], getattr(want, name))
+    assert len({np.asarray(tokens).tobytes() for tokens in found.tokens}) == 3
+
+
+def test_tables_of_several_sizes_share_a_ladder():
+    rungs = [settings(kind="ancestral", steps=steps) for steps in (2, 5000)]
+    found = ladder(KEY, DENOISER, PARAMS, 8, 4, rungs)
+    for i, rung in enumerate(rungs):
+        want = sample(jax.random.fold_in(KEY, i), DENOISER, PARAMS, 8, 4, rung)
+        np.testing.assert_array_equal(found.tokens[i], want.tokens)
