@@ -341,7 +341,8 @@ def _sizes() -> dict:
             steps=77_343,
             batch_size=256,
             length=512,
-            model=dict(large["model"], dim=512, mlp=2048, heads=8, depth=8),
+            # Three matrices of 1376 are two of 2048.
+            model=dict(large["model"], dim=512, mlp=1376, heads=8, depth=8),
             optim=dict(learning_rate=3e-4, warmup=0.01),
             eval=large["eval"] | dict(steps=(8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
             speed=dict(batches=(1, 16, 256)),
