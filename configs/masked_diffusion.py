@@ -294,7 +294,7 @@ def _sizes() -> dict:
             ),
             runs=_both("pairs", pairs)
             | _both("parity", dict(kind="parity", group=3), length=30, steps=12_000)
-            | _both("sums", sums),
+            | _both("sums", sums, steps=12_000),
         ),
         "hmm": dict(
             steps=20_000,
