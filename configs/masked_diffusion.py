@@ -277,6 +277,14 @@ def _sizes() -> dict:
                     hmm, batch=128, rounds=16, lengths=(64,), steps=(8, 16, 32, 64),
                     samplers=everything, curve=True,
                 ),
+                "hmm-argmax": dict(
+                    _exact(
+                        hmm, batch=128, rounds=16, lengths=(64,), steps=(8, 16, 32, 64),
+                        samplers=("count", "confidence", "margin", "entropy", "threshold"),
+                        curve=True,
+                    ),
+                    sampler=dict(candidate="argmax"),
+                ),
             },
         ),
         "e3": dict(
