@@ -151,7 +151,7 @@ def _learned(base: dict, config, found: dict, name: str) -> list[dict]:
         row |= {"texts": config.eval.samples, "entropy": found.get("entropy")}
         for field in COLUMNS:
             key = f"{field}_{name}"
-            if field not in ("steps", "entropy") and key in found:
+            if field not in ("steps", "entropy", "texts") and key in found:
                 value = float(np.atleast_1d(found[key])[i])
                 row[field] = value if np.isfinite(value) else None
         more = excess(config, name, total, n)
