@@ -199,30 +199,31 @@ def _number(value: float | None, error: float | None = None, digits: int = 4) ->
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
-    rule = "|" + "---|" * len(head)
-    return "\n".join(["| " + " | ".join(c) + " |" for c in (head, *lines)][:1] + [rule] + [
-        "| " + " | ".join(line) + " |" for line in lines
-    ])  # fmt: skip
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, lines)])
 
 
 def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
     made = []
     for name, each in by_variant([r for r in found if r["kind"] == THEORY]).items():
         config, lines = runs[each[0]["run"]].config, []
-        drops = {n: np.subtract(*known.ends(config, n)) for n in {r["length"] for r in each}}
+        full = known.full_support(config)
+        bounded = {r["length"] for r in each if r["gap"] is not None}
+        drops = {n: np.subtract(*known.ends(config, n)) for n in bounded}
         for (sampler, length, steps), group in points(each):
             ser, error = mean(group, "ser")
             closed = known.sequence_error(config, length, np.array([steps]))
             closed = None if closed is None or sampler != "ancestral" else float(closed[0])
             gap = mean(group, "gap")
-            bound = drops[length] / steps if gap[1] is not None else None
+            ancestral = sampler == "ancestral" and gap[1] is not None
+            bound = drops[length] / steps if ancestral else None
             ter, ter_error = mean(group, "ter")
             entropy, _ = mean(group, "entropy")
             rate = -np.log(1 - ser) * steps / length if 0 < ser < 1 else None
             lines.append([
                 sampler, str(length), str(steps),
                 _number(*gap), _number(bound),
-                _number(ter - entropy, ter_error), _ser(config, ser, error), _number(closed),
+                _number(ter - entropy, ter_error), _ser(full, ser, error), _number(closed),
                 _number(rows.ser_bound(group)), _number(rate, digits=3),
                 _number(mean(group, "calls")[0], digits=1),
             ])  # fmt: skip
@@ -232,15 +233,15 @@ def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
         ]  # fmt: skip
         texts = config.steps * config.batch_size
         said = f"{each[0]['language']}, {texts:,} texts for each row."
-        if known.full_support(config):
+        if full:
             said += f" {known.WHY_NO_SER}"
         made += [f"## Exact denoiser: {name}", said, _table(head, lines)]
     return made
 
 
-def _ser(config, value: float, error: float | None) -> str:
-    """SER, or that it says nothing."""
-    return "not informative" if known.full_support(config) else _number(value, error)
+def _ser(full: bool, value: float, error: float | None) -> str:
+    """SER, or that it says nothing where every text is in the language."""
+    return "not informative" if full else _number(value, error)
 
 
 def _exact(runs: dict[str, Run]) -> list[str]:
@@ -267,6 +268,7 @@ def _learned(runs: dict[str, Run], found: list[dict]) -> list[str]:
     ends, lines = [], []
     for name, each in by_variant(some).items():
         group, run = summarize(runs, each), runs[each[0]["run"]]
+        full = known.full_support(run.config)
         seq = 1 - np.exp(-each[0]["length"] * max(group["gap"], 0))
         leak = group["gap_error"] is not None and group["gap"] < -3 * group["gap_error"]
         ends.append([
@@ -282,7 +284,7 @@ def _learned(runs: dict[str, Run], found: list[dict]) -> list[str]:
             lines.append([
                 name, sampler, str(length), str(steps), _number(*mean(rows_, "gap")),
                 _number(exact), _number(*mean(rows_, "ter")),
-                _ser(run.config, *mean(rows_, "ser")), _number(rows.ser_bound(rows_)),
+                _ser(full, *mean(rows_, "ser")), _number(rows.ser_bound(rows_)),
                 _number(mean(rows_, "entropy_2")[0], digits=3),
                 _number(mean(rows_, "calls")[0], digits=1),
             ])  # fmt: skip
