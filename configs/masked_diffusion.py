@@ -166,7 +166,8 @@ def get_config(size: str = "small"):
         steps=(1, 2, 4, 8, 16, 32, 64, 128),
         ratios=(),
         samplers=("ancestral",),
-        curve=True,  # The information curve, too.
+        curve=True,  # The information curve, too, of `draws` times as many texts.
+        draws=16,
         exact=4,  # Most tokens of the texts whose law is enumerated; 0: none.
         exact_steps=(1, 2, 4),
     )
@@ -260,9 +261,8 @@ def _sizes() -> dict:
         ),
         "e1": dict(
             runs={
-                "2gram": _exact(gram(2), rounds=32, steps=powers),
-                "3gram": _exact(gram(3), rounds=32),
-                "4gram": _exact(gram(4, 4), rounds=32),
+                f"{n}gram": _exact(gram(n, vocab), rounds=32, steps=powers, draws=64)
+                for n, vocab in ((2, 8), (3, 8), (4, 4))
             },
         ),
         "e2": dict(

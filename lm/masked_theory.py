@@ -1,10 +1,11 @@
 """The exact denoiser of a language against the number of steps: what no training can better.
 
 Feng et al., arXiv:2502.09622, with the learning error set to zero. A step measures
-`config.batch_size` new texts of every length: once along the information curve, which gives the
-token error of every number of steps (E1), and once written by every sampler of
-`config.theory` with every number of steps, for the sequence error (E2). The state holds sums,
-so a run is stopped and gone on with like any other, and more steps are smaller error bars.
+`config.batch_size` new texts of every length written by every sampler of `config.theory` with
+every number of steps, for the sequence error (E2), and `theory.draws` times as many along the
+information curve, which gives the token error of every number of steps (E1). The state holds
+sums, so a run is stopped and gone on with like any other, and more steps are smaller error
+bars.
 
     information curve, NELBO_T, section 5.2         masked/curve.py
     bounds and closed forms, section 5.2            languages/theory.py
@@ -98,21 +99,14 @@ def make(config) -> Experiment:
 
     def step(state, batch, key):
         del batch
-        first = state.done * size
         curves, entropies = [], []
         for i, length in enumerate(lengths):
-            keys = keys_of(
-                config.language.seed,
-                config.seed,
-                jnp.full(size, THEORY, jnp.int32),
-                first + jnp.arange(size),
+            of_length = jax.random.fold_in(jax.random.fold_in(key, 0), i)
+            entropy, found = _measured(
+                of_length, config, denoiser, language, state.done, length
             )
-            x = meshes.shared(evaluate.draw_each(keys, language, length))
-            entropy = -evaluate.log_prob(language, x) / length
-            entropies.append(jnp.stack([jnp.float32(size), entropy.sum(), (entropy**2).sum()]))
+            entropies.append(entropy)
             if config.theory.curve:
-                of_curve = jax.random.fold_in(jax.random.fold_in(key, 0), i)
-                found = _curve(of_curve, denoiser, language, x, first, entropy)
                 curves.append(curve.added(state.curves[i], found))
         cells, wrong = {}, []
         for j, name in enumerate(config.theory.samplers):
@@ -124,7 +118,7 @@ def make(config) -> Experiment:
                 wrong.append(jnp.mean(one.wrong) / size)
             cells[name] = tuple(added)
         done = state.done + 1
-        values = {"texts": done * size, "entropy": entropies[-1][1] / size}
+        values = {"texts": done * size, "entropy": entropies[-1][1] / entropies[-1][0]}
         if wrong:
             values["ser"] = jnp.mean(jnp.stack(wrong))
         entropy = state.entropy + jnp.stack(entropies)
@@ -158,6 +152,36 @@ def rungs(config, name: str, length: int, vocab: int) -> list[settings.Settings]
     ]
     fitted = [settings.fit(one, length, vocab) for one in made]
     return fitted[:1] if name in settings.FREE_RUNNING else fitted
+
+
+def _measured(
+    key, config, denoiser, language, done, length: int
+) -> tuple[jax.Array, curve.Curve]:
+    """Sums of `theory.draws` batches of new texts: of their entropy [3], and their curve.
+
+    A text is drawn for every number of visible tokens that is measured: were one text used for
+    several, the errors of neighbouring h_n would not be independent.
+    """
+    size, draws = config.batch_size, config.theory.draws if config.theory.curve else 1
+
+    def body(sums, draw):
+        first = (done * draws + draw) * size
+        keys = keys_of(
+            config.language.seed,
+            config.seed,
+            jnp.full(size, THEORY, jnp.int32),
+            first + jnp.arange(size),
+        )
+        x = meshes.shared(evaluate.draw_each(keys, language, length))
+        entropy = -evaluate.log_prob(language, x) / length
+        found = jnp.stack([jnp.float32(size), entropy.sum(), (entropy**2).sum()])
+        if not config.theory.curve:
+            return (sums[0] + found, sums[1]), None
+        one = _curve(jax.random.fold_in(key, draw), denoiser, language, x, first, entropy)
+        return (sums[0] + found, curve.added(sums[1], one)), None
+
+    none = jnp.zeros(3), curve.empty(length)
+    return jax.lax.scan(body, none, jnp.arange(draws))[0]
 
 
 def _curve(key, denoiser, language, x, first, entropy) -> curve.Curve:
@@ -315,6 +339,8 @@ def _language(config):
     if config.batch_size < 1 or config.batch_size % devices:
         allowed = f"a multiple of the {devices} devices of mesh.data"
         raise reject("batch_size", config.batch_size, allowed)
+    if t.draws < 1:
+        raise reject("theory.draws", t.draws, "a whole number from 1 up")
     if t.exact < 0:
         raise reject("theory.exact", t.exact, "a whole number from 0 up")
     table = build.language(**fields)

@@ -217,19 +217,22 @@ def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
             gap = mean(group, "gap")
             ancestral = sampler == "ancestral" and gap[1] is not None
             bound = drops[length] / steps if ancestral else None
+            curve = known.token_gap(config, length, np.array([steps])) if ancestral else None
             ter, ter_error = mean(group, "ter")
             entropy, _ = mean(group, "entropy")
             rate = -np.log(1 - ser) * steps / length if 0 < ser < 1 else None
             lines.append([
                 sampler, str(length), str(steps),
-                _number(*gap), _number(bound),
+                _number(*gap), _number(None if curve is None else float(curve[0])),
+                _number(bound),
                 _number(ter - entropy, ter_error), _ser(full, ser, error), _number(closed),
                 _number(rows.ser_bound(group)), _number(rate, digits=3),
                 _number(mean(group, "calls")[0], digits=1),
             ])  # fmt: skip
         head = [
-            "sampler", "L", "T", "bound - H/L", "(h(0) - h(1)) / T", "written - H/L", "SER",
-            "SER, closed form", "SER at most", "-log(1 - SER) T / L", "calls",
+            "sampler", "L", "T", "bound - H/L", "exact curve", "(h(0) - h(1)) / T",
+            "written - H/L", "SER", "SER, closed form", "SER at most", "-log(1 - SER) T / L",
+            "calls",
         ]  # fmt: skip
         texts = config.steps * config.batch_size
         said = f"{each[0]['language']}, {texts:,} texts for each row."
