@@ -1,1 +1,1 @@
-"""Diffusion models and their optimal loss. Its system is not in this release yet."""
+"""Diffusion models and their optimal loss (Xu et al., arXiv:2506.13763)."""

@@ -1,1 +1,1 @@
-"""The geometric diffusion bridge. Its system is not in this release yet."""
+"""Geometric states and the bridges between them (Luo et al., arXiv:2410.24220)."""
