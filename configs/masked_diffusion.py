@@ -203,7 +203,7 @@ def _sizes() -> dict:
     hmm, sums = dict(kind="hmm"), dict(kind="running_sum")
     ratios = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
     powers = (1, 2, 4, 8, 16, 32, 64, 128)
-    sequence = dict(steps=(), ratios=ratios, curve=False)
+    sequence = dict(steps=(), ratios=ratios, draws=2)
     everything = (
         "ancestral", "count", "first_hitting", "confidence", "margin", "entropy",
         "threshold", "entropy_bound", "remask",
@@ -292,7 +292,8 @@ def _sizes() -> dict:
             steps=3000,
             length=64,
             eval=dict(texts=2048, samples=1024, steps=(1, 2, 4, 8, 16, 32, 64)),
-            runs=_both("2gram", gram(2)) | _both("3gram", gram(3)),
+            runs=_both("2gram", gram(2)) | _both("3gram", gram(3))
+            | {"mdm-2gram-32": dict(kind="mdm", language=gram(2), length=32)},
         ),
         "e4": dict(
             steps=3000,
@@ -375,7 +376,7 @@ def _sizes() -> dict:
             },
         ),
         "owt": open_text,
-        "lm1b": open_text | dict(length=128, data=dict(pack=False)),
+        "lm1b": open_text | dict(length=128, vocab=30_522, data=dict(pack=False)),
         "llada": open_text | dict(
             length=4096,
             vocab=126_464,

@@ -70,7 +70,7 @@ def of_atoms(graph: Graph, values: Float[Array, " graphs"]) -> Float[Array, "ato
     return values[graph.owner][:, None]
 
 
-def total(graph: Graph, values: Float[Array, "atoms *rest"]) -> Float[Array, "graphs *rest"]:
+def total(graph: Graph, values: Float[Array, "atoms ..."]) -> Float[Array, "graphs ..."]:
     """Sums over the atoms of each structure."""
     return jax.ops.segment_sum(
         values, graph.owner, graph.ids.shape[-1], indices_are_sorted=True

@@ -288,6 +288,14 @@ def _check_evaluation(config, source) -> None:
     settings.fit(settings.settings(**config.sampler), config.length, source.vocab)
     least = 2 * (config.length - config.objective.prompt)
     e = config.eval
+    if source.valid is not None and not source.ragged:
+        windows = (len(source.valid.tokens) - 1) // config.length
+        if windows * e.draws < least:
+            allowed = (
+                f"at most what leaves {-(-least // e.draws)} held-out windows, two for every "
+                f"number of visible tokens in eval.draws = {e.draws}: there are {windows}"
+            )
+            raise reject("length", config.length, allowed)
     if not source.ragged and e.texts * e.draws < least:
         allowed = (
             f"at least {-(-least // e.draws)}: two texts for every number of visible tokens"

@@ -12,6 +12,7 @@ bars.
     exact law of tiny texts, section 6.3            masked/enumeration.py
 """
 
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from common import mesh as meshes
 from common.errors import reject
@@ -29,7 +30,7 @@ from lm.languages.oracle import oracle
 from lm.masked import curve, enumeration, known, report, settings
 from lm.masked.denoiser import denoise
 from lm.masked.ladder import ladder
-from lm.masked.texts import THEORY, keys_of
+from lm.masked.texts import LARGEST, THEORY, keys_of
 
 
 class Cells(NamedTuple):
@@ -38,6 +39,7 @@ class Cells(NamedTuple):
     Attributes:
       texts: how many.
       wrong: outside of the support.
+      scored: inside, and with a log q that float32 can hold.
       log_q: of -log q(x) / L of those inside.
       square: of its square.
       calls: network calls of a text.
@@ -46,6 +48,7 @@ class Cells(NamedTuple):
 
     texts: Float[Array, " steps"]
     wrong: Float[Array, " steps"]
+    scored: Float[Array, " steps"]
     log_q: Float[Array, " steps"]
     square: Float[Array, " steps"]
     calls: Float[Array, " steps"]
@@ -60,12 +63,14 @@ class State(NamedTuple):
       entropy: [lengths, 3]: texts, and sums of -log q(x) / L and of its square.
       cells: cells[sampler][length].
       done: steps so far.
+      table: CRC-32 of the language: sums of two languages are of none.
     """
 
     curves: tuple[curve.Curve, ...]
     entropy: Float[Array, "lengths 3"]
     cells: dict[str, tuple[Cells, ...]]
     done: Int[Array, ""]
+    table: UInt[Array, ""]
 
 
 def make(config) -> Experiment:
@@ -95,7 +100,8 @@ def make(config) -> Experiment:
             for name in config.theory.samplers
         }
         curves = tuple(curve.empty(n) for n in lengths) if config.theory.curve else ()
-        return State(curves, jnp.zeros((len(lengths), 3)), cells, jnp.zeros((), jnp.int32))
+        done, which = jnp.zeros((), jnp.int32), jnp.uint32(fingerprint(table))
+        return State(curves, jnp.zeros((len(lengths), 3)), cells, done, which)
 
     def step(state, batch, key):
         del batch
@@ -122,7 +128,7 @@ def make(config) -> Experiment:
         if wrong:
             values["ser"] = jnp.mean(jnp.stack(wrong))
         entropy = state.entropy + jnp.stack(entropies)
-        return State(tuple(curves), entropy, cells, done), values
+        return State(tuple(curves), entropy, cells, done, state.table), values
 
     return Experiment(
         init=init,
@@ -159,8 +165,8 @@ def _measured(
 ) -> tuple[jax.Array, curve.Curve]:
     """Sums of `theory.draws` batches of new texts: of their entropy [3], and their curve.
 
-    A text is drawn for every number of visible tokens that is measured: were one text used for
-    several, the errors of neighbouring h_n would not be independent.
+    A text counts for two neighbouring h_n at most, whose errors are negatively correlated:
+    errors that take them for independent are too large, up to twice for the whole NELBO.
     """
     size, draws = config.batch_size, config.theory.draws if config.theory.curve else 1
 
@@ -210,10 +216,12 @@ def _cells(key, denoiser, language, size, length, made) -> Cells:
     right = evaluate.supported(language, x).reshape(steps, size)
     surprise = -evaluate.log_prob(language, x).reshape(steps, size) / length
     # In the support, but by so little that float32 lost it: in no mean either.
-    surprise = jnp.where(right & jnp.isfinite(surprise), surprise, 0.0)
+    scored = right & jnp.isfinite(surprise)
+    surprise = jnp.where(scored, surprise, 0.0)
     return Cells(
         texts=jnp.full(steps, float(size)),
         wrong=jnp.sum(~right, axis=1).astype(jnp.float32),
+        scored=jnp.sum(scored, axis=1).astype(jnp.float32),
         log_q=surprise.sum(axis=1),
         square=(surprise**2).sum(axis=1),
         calls=found.calls.sum(axis=1).astype(jnp.float32),
@@ -232,6 +240,9 @@ def _evaluate(config, table, ladders, state: State, key) -> dict:
       exact_steps, exact_ser, exact_ter, exact_kl: of texts of `theory.exact` tokens.
     """
     del key
+    if int(state.table) != fingerprint(table):
+        path = config.language.path
+        raise reject("language.path", path, "the file that this run began with; it has changed")
     t, found = config.theory, {}
     for i, length in enumerate(t.lengths):
         texts, total, square = np.asarray(state.entropy[i], np.float64)
@@ -261,15 +272,15 @@ def _evaluate(config, table, ladders, state: State, key) -> dict:
 
 def _rates(cells: Cells, size: int) -> dict:
     cells = Cells(*(np.asarray(a, np.float64) for a in cells))
-    ser, right = cells.wrong / cells.texts, cells.texts - cells.wrong
-    some = np.maximum(right, 1)
+    ser, some = cells.wrong / cells.texts, np.maximum(cells.scored, 1)
     ter = cells.log_q / some
     spread = np.maximum(cells.square / some - ter**2, 0)
     return {
         "ser": ser,
         "ser_error": evaluate.share_error(cells.wrong, cells.texts),
-        "ter": np.where(right > 0, ter, np.nan),
+        "ter": np.where(cells.scored > 0, ter, np.nan),
         "ter_error": np.sqrt(spread / some),
+        "unsupported": 1 - cells.scored / cells.texts,
         "calls": cells.calls / cells.texts,
         "rounds": cells.rounds * size / cells.texts,
     }
@@ -299,6 +310,13 @@ def exact(config, table: Any) -> Laws:
             w = known.ancestral(config, steps)
             p.append(enumeration.law(oracle(vocab), wide, length, w))
     return Laws(q, p)
+
+
+def fingerprint(table: Any) -> int:
+    """CRC-32 of a language's tables."""
+    return zlib.crc32(
+        b"".join(np.asarray(a, np.float64).tobytes() for a in jax.tree.leaves(table))
+    )
 
 
 def exact_length(config, vocab: int) -> int:
@@ -343,5 +361,16 @@ def _language(config):
         raise reject("theory.draws", t.draws, "a whole number from 1 up")
     if t.exact < 0:
         raise reject("theory.exact", t.exact, "a whole number from 0 up")
+    for steps in t.exact_steps:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise reject("theory.exact_steps", tuple(t.exact_steps), "whole numbers from 1 up")
+    if not all(0 < ratio < float("inf") for ratio in t.ratios):
+        raise reject("theory.ratios", tuple(t.ratios), "finite numbers above 0")
+    texts = config.steps * config.batch_size * (t.draws if t.curve else 1)
+    if t.curve and texts < 2 * max(t.lengths):
+        allowed = f"more: {texts} texts in all, but two for every number of visible tokens"
+        raise reject("theory.draws", t.draws, f"{allowed} of {max(t.lengths)} are needed")
+    if texts > LARGEST:
+        raise reject("steps", config.steps, f"fewer: {texts} texts have no number each")
     table = build.language(**fields)
     return table, hmm.on_device(table)

@@ -81,16 +81,20 @@ def ser_bound(length: int, gap: float) -> float:
     return -float(np.expm1(-length * max(gap, 0.0)))
 
 
-def gap_bound(first: float, last: float, steps: int, learning: float = 0.0) -> float:
-    """(h(0) - h(1)) / T + eps_learning: the largest gap of T even steps, of any language.
+def gap_bound(
+    first: float, last: float, weights: Float[np.ndarray, " steps"], learning: float = 0.0
+) -> float:
+    """(h(0) - h(1)) max_k w_k + eps_learning: the largest gap of these steps, of any language.
 
-    Without the learning error, gap_T * T goes to half of h(0) - h(1) as T grows.
+    With T even steps max w is 1 / T, and without the learning error gap_T * T goes to half of
+    h(0) - h(1) as T grows.
 
     Args:
       first, last: h(0) and h(1), nats.
+      weights: w_0 ... w_{T-1}.
       learning: eps_learning, nats.
     """
-    return (first - last) / steps + learning
+    return (first - last) * float(np.max(weights)) + learning
 
 
 def steps_enough(length: int, drop: float, ser: float, learning: float = 0.0) -> int:

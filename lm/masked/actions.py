@@ -49,6 +49,8 @@ def sampled(config, parts: Parts, run: Run, folder: Path) -> str:
     if run.input:
         prompt = np.tile(_prompt(config, parts, run.input), (count, 1))
     if config.kind == "ar":
+        if config.guidance:
+            raise reject("guidance", config.guidance, "0 with kind ar, which has none")
         if run.input:
             prompt = _prefix(prompt, parts.mask)
         found = sweep.drawn(config, parts, params, None, count, prompt)
@@ -168,12 +170,25 @@ def export(config, parts: Parts, run: Run, folder: Path) -> str:
         raise reject("model.absolute", True, "False: neither LLaDA nor LLaMA has such a table")
     gathered = jax.jit(meshes.replicate)
     params = jax.tree.map(lambda a: jax.device_get(gathered(a)), judged_params(run.state()))
-    fields, length = parts.fields, config.length
+    params, fields = _cut(params, parts.fields, parts.mask + 1)
+    length = config.length
     if config.kind == "ar":
         first(lambda: weights.export(params, fields, folder, length=length))
-        return f"{folder}: LlamaForCausalLM, start symbol {parts.mask}."
+        return (
+            f"{folder}: LlamaForCausalLM, start symbol {parts.mask}; it must never be written, "
+            f"so let your generator suppress token {parts.mask}."
+        )
     first(lambda: llada.export(params, fields, folder, mask=parts.mask, length=length))
     return f"{folder}: LLaDA's names, mask {parts.mask}."
+
+
+def _cut(params: Any, fields: dict, rows: int) -> tuple[Any, dict]:
+    """The model of its first rows: those beyond the mask stand for no token."""
+    embed = params["embed"] | {"embedding": params["embed"]["embedding"][:rows]}
+    params = params | {"embed": embed}
+    if "head" in params:
+        params = params | {"head": {"kernel": params["head"]["kernel"][:, :rows]}}
+    return params, fields | {"vocab": rows}
 
 
 def _no_input(run: Run) -> None:

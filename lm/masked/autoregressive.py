@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int, Key
 from common import mesh as meshes
 from common.errors import UserError, reject
 from lm.masked.categorical import draw, each
-from lm.masked.sample import Result
+from lm.masked.denoiser import by_chunks
+from lm.masked.sample import Result, check_tokens
 from lm.masked.settings import Settings
 from lm.model import Model
 
@@ -39,9 +40,14 @@ def token_losses(
       start: the token before the text.
       vocab: V, logits from V on are left out; None: start.
     """
-    logits = model.apply(params, _shifted(x, start))[..., : start if vocab is None else vocab]
-    found = jnp.take_along_axis(logits, x[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - found
+    vocab = start if vocab is None else vocab
+
+    def of(h, x):
+        logits = model.head(params, h)[..., :vocab]
+        found = jnp.take_along_axis(logits, x[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - found
+
+    return by_chunks(of, model.hidden(params, _shifted(x, start)), x, vocab)
 
 
 def log_prob(
@@ -105,6 +111,7 @@ def ar(
             f"The prompt has the shape {prompt.shape}, but must have at most {length} tokens "
             f"in each of {batch} rows."
         )
+    check_tokens(prompt, vocab, [], f"tokens are 0 to {vocab - 1}")
     return _run(
         key,
         params,

@@ -6,11 +6,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.experiment import Run
 from lm.languages import build, hmm, information, theory
 from lm.masked import curve
-from lm.masked.rows import last, weights_of
-from lm.masked.settings import Settings
+from lm.masked.settings import Settings, plain_law, weights
 
 WHY_NO_SER = "The language has every text, so its SER is 0 and says nothing."
 
@@ -22,10 +20,10 @@ def table(config) -> Any:
     return build.language(**fields)
 
 
-def ancestral(config, steps: int) -> Float[np.ndarray, " steps"]:
+def ancestral(config, steps: Any) -> Float[np.ndarray, " steps"]:
     """w_0 ... w_{T-1} of ancestral sampling with a config's schedule and grid."""
     fields = dict(config.sampler) | {"kind": "ancestral", "steps": int(steps), "block": 0}
-    return weights_of(Settings(**fields))
+    return weights(Settings(**fields))
 
 
 def sequence_error(
@@ -33,7 +31,7 @@ def sequence_error(
 ) -> Float[np.ndarray, " n"] | None:
     """SER of the exact denoiser, ancestral: of pairs and parity, else None."""
     language = config.language
-    if language.path or config.sampler.block:
+    if language.path or not exact_law(config):
         return None
     if language.kind == "pairs":
         return np.array(
@@ -49,8 +47,17 @@ def sequence_error(
 def token_gap(
     config, length: int, steps: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"] | None:
-    """gap_T of the exact denoiser, ancestral, exactly: of first-order chains, else None."""
+    """gap_T of the exact denoiser, ancestral, exactly: of first-order chains, pairs and parity,
+    else None."""
     language = table(config)
+    if not exact_law(config):
+        return None
+    if config.language.kind in ("pairs", "parity") and not config.language.path:
+        closed = {
+            "pairs": lambda w: theory.pairs_nelbo_gap(length, config.language.vocab, w),
+            "parity": lambda w: theory.parity_nelbo_gap(length, config.language.group, w),
+        }[config.language.kind]
+        return np.array([closed(ancestral(config, n)) for n in steps])
     if not information.first_order(language):
         return None
     return np.array([information.gap(language, length, ancestral(config, n)) for n in steps])
@@ -66,12 +73,33 @@ def ends(config, length: int) -> tuple[float, float]:
     return tuple(h.tolist())
 
 
-def exact_gap(run: Run, steps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """gap_T of the exact denoiser on the held-out texts of a trained masked run."""
-    found = last(run)
+def gap_bound(config, drop: Any, steps: Any) -> float | None:
+    """(h(0) - h(1)) max w of ancestral sampling; None where it does not hold."""
+    if not exact_law(config):
+        return None
+    return theory.gap_bound(float(drop), 0.0, ancestral(config, steps))
+
+
+def calls(config, length: int, steps: Any) -> float:
+    """Expected network calls of a text, ancestral: steps that fill in nothing are skipped."""
+    return theory.calls(length, ancestral(config, steps))
+
+
+def exact_law(config) -> bool:
+    """Whether a run's ancestral sampler is the one of the closed forms."""
+    fields = dict(config.sampler) | {"kind": "ancestral"}
+    return not config.sampler.block and plain_law(Settings(**fields))
+
+
+def exact_gap(config, found: dict, steps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """gap_T of the exact denoiser on the held-out texts of a trained masked run.
+
+    Args:
+      found: the run's last evaluation.
+    """
     h, error = found["exact"], found["exact_error"]
-    weights = [ancestral(run.config, n) for n in steps]
-    return np.array([curve.linear(h, error, curve.excess(w, len(h))).value for w in weights])
+    made = [ancestral(config, n) for n in steps]
+    return np.array([curve.linear(h, error, curve.excess(w, len(h))).value for w in made])
 
 
 def full_support(config) -> bool:

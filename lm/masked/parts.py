@@ -96,6 +96,9 @@ def source_of(config) -> Source:
     least = max(least, valid.vocab)
     if config.vocab and config.vocab < least:
         raise reject("vocab", config.vocab, f"0 or at least {least}, as the tokenizer has")
+    if config.vocab > least and not config.data.path:
+        allowed = f"STORE of lm.prepare with a vocabulary of {config.vocab}, not of {least}"
+        raise reject("data.path", config.data.path, f"a {allowed}")
     vocab = config.vocab or least
     pad = vocab + 1 if _padded(config) else None
     return of_corpus(config, train, valid, vocab, pad)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.experiment import Report, Run
+from lm.languages import theory
 from lm.masked import animation, autoregressive, figures, known, rows, speed
 from lm.masked.parts import judged_params, parts_of
 from lm.masked.rows import AR, MDM, THEORY, kind, last, mean
@@ -216,10 +217,12 @@ def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
             closed = None if closed is None or sampler != "ancestral" else float(closed[0])
             gap = mean(group, "gap")
             ancestral = sampler == "ancestral" and gap[1] is not None
-            bound = drops[length] / steps if ancestral else None
+            bound = known.gap_bound(config, drops[length], steps) if ancestral else None
             curve = known.token_gap(config, length, np.array([steps])) if ancestral else None
             ter, ter_error = mean(group, "ter")
-            entropy, _ = mean(group, "entropy")
+            entropy, entropy_error = mean(group, "entropy")
+            ter_error = None if ter_error is None else np.hypot(ter_error, entropy_error)
+            formula = known.calls(config, length, steps) if sampler == "ancestral" else None
             rate = -np.log(1 - ser) * steps / length if 0 < ser < 1 else None
             lines.append([
                 sampler, str(length), str(steps),
@@ -227,15 +230,17 @@ def _theory(runs: dict[str, Run], found: list[dict]) -> list[str]:
                 _number(bound),
                 _number(ter - entropy, ter_error), _ser(full, ser, error), _number(closed),
                 _number(rows.ser_bound(group)), _number(rate, digits=3),
-                _number(mean(group, "calls")[0], digits=1),
+                _number(mean(group, "calls")[0], digits=2), _number(formula, digits=2),
             ])  # fmt: skip
         head = [
-            "sampler", "L", "T", "bound - H/L", "exact curve", "(h(0) - h(1)) / T",
+            "sampler", "L", "T", "bound - H/L", "exact curve", "(h(0) - h(1)) max w",
             "written - H/L", "SER", "SER, closed form", "SER at most", "-log(1 - SER) T / L",
-            "calls",
+            "calls", "calls, formula",
         ]  # fmt: skip
         texts = config.steps * config.batch_size
-        said = f"{each[0]['language']}, {texts:,} texts for each row."
+        said = f"{each[0]['language']}, {texts:,} texts for each row"
+        curve = f", {texts * config.theory.draws:,} for the curve." if bounded else "."
+        said += curve
         if full:
             said += f" {known.WHY_NO_SER}"
         made += [f"## Exact denoiser: {name}", said, _table(head, lines)]
@@ -272,7 +277,8 @@ def _learned(runs: dict[str, Run], found: list[dict]) -> list[str]:
     for name, each in by_variant(some).items():
         group, run = summarize(runs, each), runs[each[0]["run"]]
         full = known.full_support(run.config)
-        seq = 1 - np.exp(-each[0]["length"] * max(group["gap"], 0))
+        predicted = each[0]["length"] - run.config.objective.prompt
+        seq = theory.ser_bound(predicted, group["gap"])
         leak = group["gap_error"] is not None and group["gap"] < -3 * group["gap_error"]
         ends.append([
             name, each[0]["language"], str(each[0]["length"]),
@@ -283,11 +289,13 @@ def _learned(runs: dict[str, Run], found: list[dict]) -> list[str]:
         for (sampler, length, steps), rows_ in points(each):
             exact = None
             if sampler == "ancestral" and "exact" in last(run):
-                exact = known.exact_gap(run, np.array([steps]))[0] + group["gap"]
+                exact = known.exact_gap(run.config, last(run), np.array([steps]))[0]
+                exact += group["gap"]
             lines.append([
                 name, sampler, str(length), str(steps), _number(*mean(rows_, "gap")),
                 _number(exact), _number(*mean(rows_, "ter")),
-                _ser(full, *mean(rows_, "ser")), _number(rows.ser_bound(rows_)),
+                _ser(full, *mean(rows_, "ser")),
+                _number(rows.ser_bound(rows_, run.config.objective.prompt)),
                 _number(mean(rows_, "entropy_2")[0], digits=3),
                 _number(mean(rows_, "calls")[0], digits=1),
             ])  # fmt: skip
@@ -310,18 +318,19 @@ def _text(found: list[dict], judge: str) -> list[str]:
     lines = []
     for name, each in by_variant(some).items():
         for (sampler, length, steps), group in points(each):
-            nats = mean(group, "ter_bound")[0]
+            nats, nats_error = mean(group, "nats")
             judged_, error = mean(group, "judged")
             lines.append([
-                name, sampler, str(length), str(steps), _number(nats),
-                _number(nats / np.log(2)), _number(judged_, error),
+                name, sampler, str(length), str(steps), _number(nats, nats_error),
+                _number(nats / np.log(2)), _number(np.exp(nats), digits=2),
+                _number(mean(group, "ter_bound")[0]), _number(judged_, error),
                 _number(np.exp(judged_), digits=2),
                 *(_number(mean(group, f"entropy_{n}")[0], digits=3) for n in (1, 2, 3)),
                 _number(mean(group, "calls")[0], digits=1),
             ])  # fmt: skip
     head = [
-        "run", "sampler", "L", "T", "held out, nats", "bits", "judged, nats",
-        "generative perplexity", "H1", "H2", "H3", "calls",
+        "run", "sampler", "L", "T", "held out, nats", "bits", "perplexity", "NELBO_T / L",
+        "judged, nats", "generative perplexity", "H1", "H2", "H3", "calls",
     ]  # fmt: skip
     said = (
         f"Judged by {judge}, the autoregressive model of this folder. " if judge else ""

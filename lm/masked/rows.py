@@ -15,7 +15,8 @@ import numpy as np
 from common import config as configs
 from common import metrics
 from common.experiment import Run
-from lm.masked import curve, plans, schedules, settings
+from lm.languages import theory
+from lm.masked import curve, known, plans, settings
 
 THEORY, AR, MDM = "theory", "ar", "mdm"
 COLUMNS = (
@@ -30,6 +31,9 @@ COLUMNS = (
     "steps",
     "texts",
     "entropy",
+    "entropy_error",
+    "nats",
+    "nats_error",
     "gap",
     "gap_error",
     "ter_bound",
@@ -64,18 +68,14 @@ def last(run: Run) -> dict:
     return {k: np.array(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
-def weights_of(made: settings.Settings) -> np.ndarray:
-    """w_0 ... w_{T-1} of a sampler's schedule, grid and steps."""
-    return schedules.weights(schedules.schedule(made.schedule), made.grid, made.steps)
-
-
 def rows_of(runs: dict[str, Run]) -> list[dict]:
     """All rows, in the order of runs, samplers, lengths and steps."""
     return [row for run in runs.values() for row in one_run(run)]
 
 
 def one_run(run: Run) -> list[dict]:
-    """The rows of one run, None for what is not known; bits are of `ter_bound`."""
+    """The rows of one run, None for what is not known; perplexity and bits are of `nats`,
+    the held-out likelihood, which no sampler changes."""
     config, found = run.config, last(run)
     which = kind(config)
     base = dict.fromkeys(COLUMNS) | {
@@ -91,10 +91,14 @@ def one_run(run: Run) -> list[dict]:
     else:
         samplers = config.eval.samplers if which == MDM else (AR,)
         made = [row for name in samplers for row in _learned(base, config, found, name)]
+    formal = config.language.path or config.language.kind
+    full = bool(formal) and known.full_support(config)
     for row in made:
-        if row["ter_bound"] is not None:
-            row["perplexity"] = float(np.exp(row["ter_bound"]))
-            row["bits"] = float(row["ter_bound"] / np.log(2))
+        if row["nats"] is not None:
+            row["perplexity"] = float(np.exp(row["nats"]))
+            row["bits"] = float(row["nats"] / np.log(2))
+        if full:  # Every text is right: known.WHY_NO_SER.
+            row["ser"] = row["ser_error"] = None
     return made
 
 
@@ -102,15 +106,18 @@ def excess(config, sampler: str, length: int, steps: int) -> np.ndarray | None:
     """Coefficients c_n with NELBO_T / L - NELBO / L = sum c_n h_n; None: there is no bound.
 
     Where the order of writing depends on what is written, or goes block by block, the
-    information curve says nothing. First hitting writes one by one: all zero.
+    information curve says nothing; nor where tokens are not drawn from f itself. First
+    hitting writes one by one: all zero.
     """
-    if config.sampler.block or sampler not in (*settings.PLANNED, AR):
+    fields = dict(config.sampler) | {"kind": "ancestral" if sampler == AR else sampler}
+    if not settings.plain_law(settings.Settings(**fields), sampler == AR):
+        return None
+    if sampler != AR and (config.sampler.block or sampler not in settings.PLANNED):
         return None
     if sampler == AR or (sampler == "first_hitting" and config.sampler.per_call == 1):
         return np.zeros(length)
     if sampler == "ancestral":
-        fields = dict(config.sampler) | {"kind": sampler, "steps": steps}
-        return curve.excess(weights_of(settings.Settings(**fields)), length)
+        return curve.excess(known.ancestral(config, steps), length)
     if sampler == "first_hitting":
         steps = -(-length // config.sampler.per_call)
         sizes = np.full(steps, config.sampler.per_call)
@@ -128,10 +135,12 @@ def _theory(base: dict, config, found: dict) -> list[dict]:
             for i, n in enumerate(np.atleast_1d(found[f"steps_{name}_{length}"]).tolist()):
                 row = base | {"sampler": name, "length": length, "steps": n}
                 row |= {"entropy": entropy, "texts": config.steps * config.batch_size}
-                for field in ("ser", "ser_error", "ter", "ter_error", "calls", "rounds"):
+                row["entropy_error"] = found[f"entropy_error_{length}"]
+                for field in (
+                    "ser", "ser_error", "ter", "ter_error", "unsupported", "calls", "rounds",
+                ):  # fmt: skip
                     value = float(np.atleast_1d(found[f"{field}_{name}_{length}"])[i])
                     row[field] = value if np.isfinite(value) else None
-                row["unsupported"] = row["ser"]
                 more = excess(config, name, length, n)
                 if more is not None and f"h_{length}" in found:
                     gap = curve.linear(found[f"h_{length}"], found[f"h_error_{length}"], more)
@@ -149,9 +158,10 @@ def _learned(base: dict, config, found: dict, name: str) -> list[dict]:
     for i, n in enumerate(np.atleast_1d(found[f"steps_{name}"]).tolist()):
         row = base | {"sampler": name, "length": config.length, "steps": n}
         row |= {"texts": config.eval.samples, "entropy": found.get("entropy")}
+        row |= {"nats": found["nats"], "nats_error": found["nats_error"]}
         for field in COLUMNS:
             key = f"{field}_{name}"
-            if field not in ("steps", "entropy", "texts") and key in found:
+            if field not in ("steps", "entropy", "texts", "nats") and key in found:
                 value = float(np.atleast_1d(found[key])[i])
                 row[field] = value if np.isfinite(value) else None
         more = excess(config, name, total, n)
@@ -167,13 +177,13 @@ def _learned(base: dict, config, found: dict, name: str) -> list[dict]:
     return made
 
 
-def ser_bound(rows: list[dict]) -> float | None:
+def ser_bound(rows: list[dict], prompt: int = 0) -> float | None:
     """1 - exp(-L gap) of rows that differ in their seeds, which no sampler with that bound
-    exceeds; None without one."""
+    exceeds; None without one. Tokens of a prompt are none of L."""
     gap, _ = mean(rows, "gap")
     if not np.isfinite(gap):
         return None
-    return float(-np.expm1(-rows[0]["length"] * max(gap, 0.0)))
+    return theory.ser_bound(rows[0]["length"] - prompt, gap)
 
 
 def digest(config) -> str:

@@ -144,18 +144,29 @@ def check_prompt(prompt: Any, batch: int, length: int, denoiser: Denoiser) -> No
             f"The prompt has the shape {prompt.shape}, but must be {(batch, length)}, with the "
             f"mask, {denoiser.mask}, where tokens are to be written."
         )
+    others = [denoiser.mask] + ([] if denoiser.pad is None else [denoiser.pad])
+    said = f"tokens are 0 to {denoiser.vocab - 1}, and {denoiser.mask} is the mask"
+    check_tokens(prompt, denoiser.vocab, others, said)
+
+
+def check_tokens(prompt: Any, vocab: int, others: list[int], said: str) -> None:
+    """Refuses a prompt with tokens that are neither below V nor among `others`.
+
+    Of a prompt that is being traced, or lies on other hosts, nothing is known.
+
+    Raises:
+      UserError: with the first offending place, and what `said` says of tokens.
+    """
     if isinstance(prompt, jax.core.Tracer):
         return
     if isinstance(prompt, jax.Array) and not prompt.is_fully_addressable:
         return
     host = np.asarray(prompt)
-    known = (host >= 0) & (host < denoiser.vocab) | (host == denoiser.mask)
-    known |= host == (denoiser.mask if denoiser.pad is None else denoiser.pad)
+    known = (host >= 0) & (host < vocab) | np.isin(host, others)
     if not known.all():
         row, place = np.argwhere(~known)[0]
         raise UserError(
-            f"The prompt has the token {host[row, place]} in row {row} at {place}, but tokens "
-            f"are 0 to {denoiser.vocab - 1}, and {denoiser.mask} is the mask."
+            f"The prompt has the token {host[row, place]} in row {row} at {place}, but {said}."
         )
 
 

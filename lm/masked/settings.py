@@ -227,4 +227,23 @@ def rows(given: Settings, batch: int, length: int, vocab: int) -> int:
         # An accelerator has the memory, and reads a large head for every part.
         logits = 2**20 if jax.default_backend() == "cpu" else 2**28
         return min(length, max(8, logits // (batch * vocab)))
-    return min(length, max(8, min(length // 4, 2**16 // (batch * vocab))))
+    # As above: a large head is read anew by every call.
+    logits = 2**16 if jax.default_backend() == "cpu" else 2**28
+    return min(length, max(8, min(length // 4, logits // (batch * vocab))))
+
+
+def weights(given: Settings) -> np.ndarray:
+    """w_0 ... w_{T-1} of a sampler's schedule, grid and steps."""
+    return schedules.weights(schedules.schedule(given.schedule), given.grid, given.steps)
+
+
+def plain_law(given: Settings, autoregressive: bool = False) -> bool:
+    """Whether tokens are drawn from f itself: NELBO_T bounds no other law."""
+    whole = given.temperature == 1 and not given.top_k and given.top_p == 1
+    return whole and (autoregressive or given.final == "sample")
+
+
+def of_tokens(*, temperature: float, top_k: int, top_p: float, **others: Any) -> Settings:
+    """What an autoregressive sampler takes of a config's fields: how a token is drawn."""
+    del others
+    return settings(temperature=temperature, top_k=top_k, top_p=top_p)

@@ -60,7 +60,7 @@ def measured(config, parts: Parts, params: Any, kinds: tuple[str, ...] = ("count
     weights = jax.jit(other.init)(jax.random.key(0))
     keys = lambda i: jax.random.fold_in(jax.random.key(1), i)
     rows, forward, decode, spread = [], [], [], []
-    plain = settings.settings()
+    plain = settings.of_tokens(**config.sampler)
 
     def sampler(kind, steps):
         # Whole texts: blocks and caches are those of the config's own sampler.

@@ -108,9 +108,9 @@ def write(
     """One batch of texts by one sampler, on the devices; `first` is its first text's number."""
     length, mask = config.length, parts.mask
     if made is None:
-        plain = settings.settings()
+        own = settings.of_tokens(**config.sampler)
         return autoregressive.ar(
-            key, parts.model, params, size, length, plain, mask, prompt=prompt, first=first
+            key, parts.model, params, size, length, own, mask, prompt=prompt, first=first
         )
     if made.cache != "none":
         return blocks.sample_cached(

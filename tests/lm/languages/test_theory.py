@@ -149,9 +149,9 @@ def test_steps_for_an_error_grow_with_the_length(length, rel):
 
 
 def test_steps_that_bounds_promise():
-    assert theory.gap_bound(2.0, 0.5, 10, 0.01) == pytest.approx(0.16)
+    assert theory.gap_bound(2.0, 0.5, even(10), 0.01) == pytest.approx(0.16)
     steps = theory.steps_enough(100, 1.5, 0.2, learning=1e-3)
-    left = lambda n: theory.ser_bound(100, theory.gap_bound(1.5, 0.0, n, 1e-3))
+    left = lambda n: theory.ser_bound(100, theory.gap_bound(1.5, 0.0, even(n), 1e-3))
     assert left(steps) <= 0.2 < left(steps - 1)
     with pytest.raises(UserError, match=r"theory\.learning"):
         theory.steps_enough(100, 1.5, 0.2, learning=0.1)

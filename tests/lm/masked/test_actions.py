@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,8 +12,10 @@ from common import config as configs
 from common.errors import UserError
 from common.experiment import Run
 from lm import llada, weights
-from lm.masked import actions, animation, parts, speed
+from lm.masked import actions, animation, networks, parts, speed
+from lm.masked.denoiser import denoise
 from lm.masked.sample import Result, frames
+from lm.transformer import transformer
 
 pytestmark = pytest.mark.xdist_group("masked-actions")
 
@@ -135,6 +138,46 @@ def test_exports_are_read_again(corpus_file, trained, tmp_path):
     act("export", setting(corpus_file, "ar"), trained, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
     assert weights.load(tmp_path)[1]["vocab"] == 257
+
+
+def test_rows_without_a_token_are_not_exported(corpus_file, tmp_path):
+    """A large vocabulary has rows of padding, which would be tokens elsewhere."""
+    for kind in ("mdm", "ar"):
+        config = setting(corpus_file, kind, vocab=1100)
+        config.model.tie = kind == "ar"
+        made = parts.parts_of(config)
+        params = jax.jit(made.model.init)(jax.random.key(0))
+        trained = {kind: (made, SimpleNamespace(params=params, average=None))}
+        assert made.fields["vocab"] == 1152
+        act("export", config, trained, tmp_path / kind)
+        x = jnp.array([[5, 1100, 7, 1099]], jnp.int32)
+        if kind == "mdm":
+            again = llada.load(tmp_path / kind)
+            model = transformer(**again.fields)
+            found = networks.denoiser(model, again.vocab, again.mask)
+            theirs = jax.tree.map(jnp.asarray, again.params)
+            got, want = denoise(found, theirs, x), denoise(made.denoiser, params, x)
+            assert got.shape == (1, 4, 1101)
+            np.testing.assert_allclose(got[..., :1100], want, atol=1e-5)
+            assert not np.isfinite(got[..., 1100]).any()
+        else:
+            weights_, fields = weights.load(tmp_path / kind)
+            assert fields["vocab"] == 1101
+            got = transformer(**fields).apply(jax.tree.map(jnp.asarray, weights_), x)
+            np.testing.assert_allclose(got, made.model.apply(params, x)[..., :1101], atol=1e-5)
+
+
+def test_an_autoregressive_run_draws_as_the_sampler_says(corpus_file, trained, tmp_path):
+    def texts(temperature):
+        config = setting(corpus_file, "ar", sampler=dict(temperature=temperature))
+        act("sample", config, trained, tmp_path)
+        return np.load(tmp_path / "samples.npy")
+
+    cold = texts(1e-4)
+    np.testing.assert_array_equal(*cold)  # Both are the most probable one.
+    assert not np.array_equal(*texts(1.0))
+    with pytest.raises(UserError, match=r"config\.guidance is 1.5"):
+        act("sample", setting(corpus_file, "ar", guidance=1.5), trained, tmp_path)
 
 
 def test_speed_tells_tokens_a_second_and_break_even(corpus_file, trained, tmp_path):

@@ -1,5 +1,6 @@
 """The autoregressive baseline against loops without jit, and its law."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,3 +146,25 @@ def test_what_cannot_be_is_refused_in_a_sentence(changes, sentence):
     given = dict(batch=2, length=L, settings=PLAIN, start=V) | changes
     with pytest.raises(UserError, match=sentence):
         ar(KEY, MODEL, PARAMS, **given)
+
+
+@pytest.mark.parametrize("token", [-1, V, 77])
+def test_a_prompt_of_no_tokens_is_refused(token):
+    prompt = np.array([[1, token]], np.int32)
+    with pytest.raises(UserError, match=rf"has the token {token} in row 0 at 1"):
+        ar(KEY, MODEL, PARAMS, 1, L, PLAIN, V, prompt=prompt)
+
+
+def test_logits_of_parts_are_those_of_all(monkeypatch):
+    """Values and gradients, whatever the size of a part is."""
+    x = jnp.asarray(np.random.default_rng(0).integers(V, size=(4, L)), jnp.int32)
+
+    def found():
+        loss = lambda params: jnp.sum(token_losses(MODEL, params, x, V))
+        return jax.jit(jax.value_and_grad(loss))(PARAMS)
+
+    whole = found()
+    monkeypatch.setattr("lm.masked.denoiser.LOGITS", 4 * V * 2)
+    text = str(jax.make_jaxpr(lambda params: token_losses(MODEL, params, x, V))(PARAMS))
+    assert f"f32[4,{L},{V + 1}]" not in text
+    chex.assert_trees_all_close(found(), whole, rtol=1e-5, atol=1e-6)

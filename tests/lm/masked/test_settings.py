@@ -105,6 +105,12 @@ def test_data_is_no_part_of_the_shape():
     assert numbers(two, 8).block == 8
 
 
+def test_an_accelerator_reads_a_large_head_seldom(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    assert rows(settings(), 1, 1024, 50257) == 256
+    assert rows(settings(), 256, 1024, 50257) == 20
+
+
 def test_rows_of_the_head_follow_the_shapes():
     assert rows(settings(rows=5), 4, 64, 100) == 5
     assert rows(settings(rows=500), 4, 64, 100) == 64
