@@ -70,6 +70,16 @@ def plain(decay: float) -> Schedule:
     return lambda step: jnp.full((), 1 - decay, jnp.float32)
 
 
+def ramped(decay: float) -> Schedule:
+    """decay, but (1 + t) / (10 + t) as long as this is less: a short run has an average, too.
+
+    Raises:
+      UserError: as `plain`.
+    """
+    plain(decay)
+    return lambda step: jnp.maximum(1 - decay, 9 / (10 + step.astype(jnp.float32)))
+
+
 def half_life(images: float, batch: int, ramp: float | None = 0.05) -> Schedule:
     """decay = 2^(-batch / h), h = min(images, ramp * images seen before the step).
 
