@@ -21,4 +21,4 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Kept as long as the tests run.
-HOOK = install_import_hook(["optim", "nqs", "lm", "diffusion"], "beartype.beartype")
+HOOK = install_import_hook(["optim", "nqs", "lm", "diffusion", "geometry"], "beartype.beartype")
