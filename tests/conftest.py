@@ -5,7 +5,9 @@ not hold fail the test that calls them.
 """
 
 import os
+from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,3 +24,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Kept as long as the tests run.
 HOOK = install_import_hook(["optim", "nqs", "lm", "diffusion", "geometry"], "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of a package's file stay on one worker, which has then compiled for all of them."""
+    for item in items:
+        own = item.path.parent != Path(__file__).parent
+        if own and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
