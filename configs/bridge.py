@@ -7,7 +7,8 @@
 arXiv:2410.24220. Sizes for a CPU: test; small, a bridge, a chain of them over trajectories and
 direct regression, on 1,327 molecules relaxed by GFN2-xTB; seeds, the same three times; qm7,
 DFT geometries; slabs, adsorbates on metals that `python -m geometry.prepare` makes. Of the
-paper: qm9, molecule3d and oc22, with --config.data.path=SET of `python -m geometry.prepare`.
+paper: qm9 (also "paper"), molecule3d and oc22, with --config.data.path=SET of
+`python -m geometry.prepare`.
 """
 
 from configs.base import at_size, base
@@ -23,6 +24,7 @@ def get_config(size: str = "small"):
     config.kind = "bridge"  # bridge; chain, over trajectories; direct: D at t = 0 only
     config.data = dict(
         path="",  # .npz, .extxyz, .xyz, .traj, .db; "": the relax_gfn2 of geometry/data
+        stands_for="",  # The set that path should be; a warning says so where it is "".
         target="x_final",  # of .npz: the array with R^T
         split="hash",  # hash (of SMILES), file (what the .npz says), random or scaffold
         split_seed=0,  # of random and scaffold
@@ -128,6 +130,9 @@ def _sizes() -> dict:
         optim=dict(learning_rate=2e-4, warmup=10_000, weight_decay=1e-2, clip=5.0),
         ema=0.9999,
     )  # fmt: skip
+    qm9 = large | dict(
+        steps=300_000, batch_size=256, packs=8, data=large["data"] | dict(stands_for="QM9")
+    )
     return {
         "test": dict(
             steps=4,
@@ -167,13 +172,14 @@ def _sizes() -> dict:
             eval=dict(baselines=("identity",)),
             runs={name: kinds[name] for name in ("bridge", "chain", "direct")},
         ),
-        "qm9": large | dict(steps=300_000, batch_size=256, packs=8),
+        "paper": qm9,
+        "qm9": qm9,
         "molecule3d": large
         | dict(
             steps=1_000_000,
             batch_size=512,
             packs=8,
-            data=large["data"] | dict(split="file"),
+            data=large["data"] | dict(split="file", stands_for="Molecule3D"),
             network=large["network"] | dict(layers=12),
         ),
         "oc22": large
@@ -181,7 +187,8 @@ def _sizes() -> dict:
             steps=200_000,
             batch_size=64,
             packs=8,
-            data=large["data"] | dict(n_full=0, max_neighbours=20, split="file"),
+            data=large["data"]
+            | dict(n_full=0, max_neighbours=20, split="file", stands_for="OC22 IS2RS"),
             network=large["network"] | dict(name="periodic", radial=128),
             optim=large["optim"] | dict(learning_rate=4e-4),
             ema=0.999,

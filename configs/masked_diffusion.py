@@ -302,8 +302,8 @@ def _sizes() -> dict:
                 samplers=("ancestral", "count"),
             ),
             runs=_both("pairs", pairs)
-            | _both("parity", dict(kind="parity", group=3), length=30, steps=12_000)
-            | _both("sums", sums, steps=12_000),
+            | _both("parity", dict(kind="parity", group=3), length=30)
+            | _both("sums", sums),
         ),
         "hmm": dict(
             steps=20_000,

@@ -1,5 +1,6 @@
 """Structures of a config: read, checked, aligned, split."""
 
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,13 @@ def sets(config) -> Sets:
       UserError: a file, a record or a field cannot be.
     """
     data = config.data
+    if data.stands_for and not data.path:
+        # Shapes can be checked, and programs compiled, without the set.
+        warnings.warn(
+            f"config.data.path is '': relax_gfn2 stands in for {data.stands_for}; make that "
+            "with `python -m geometry.prepare`.",
+            stacklevel=2,
+        )
     fields = ("path", "target", "split", "split_seed", "labels", "mirror", "limit")
     segments = config.chain.segments if config.kind == "chain" else 0
     return _read(*(data[name] for name in fields), config.network.species, segments)

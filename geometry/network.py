@@ -21,7 +21,7 @@ class Inputs(NamedTuple):
       x: R_t, angstrom.
       known: known states: the start of the bridge first; of a chain then R^0, or earlier
         frames. Their number is static.
-      scale: c_in, of displacements x - known, 1/angstrom; distances stay in angstrom.
+      scale: c_in, of the displacement x - known[0], 1/angstrom; distances stay in angstrom.
       time: t / T in [0, 1).
       segment: i / K of a chain; 0 of a single bridge.
     """

@@ -100,7 +100,7 @@ def calls_table(runs: dict[str, Run]) -> str:
     lines = []
     for name, each in variants(runs).items():
         found = {c: over_seeds(each, c) for c in COLUMNS}
-        for k, n in enumerate(np.atleast_1d(last(each[0])["calls"]).astype(int)):
+        for k, n in enumerate(np.atleast_1d(last(each[0])["calls"]).astype(int).tolist()):
             lines.append(_line(name, n, [(found[c][0][k], found[c][1][k]) for c in COLUMNS]))
     head = "| model | calls | D-MAE | D-RMSE | C-RMSD | RMSD |\n|---|---|---|---|---|---|"
     return head + "\n" + "\n".join(lines)

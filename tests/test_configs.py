@@ -36,7 +36,18 @@ def test_says_in_a_line_what_it_is_and_has_the_three_sizes(path):
     assert configs.load(str(path)).size == "small"
 
 
-@pytest.mark.parametrize(("path", "size"), SIZES, ids=str)
+# Eight networks of ImageNet each: half a minute.
+LONG = ("imagenet64_ladder", "imagenet512_ladder")
+
+
+@pytest.mark.parametrize(
+    ("path", "size"),
+    [
+        pytest.param(path, size, marks=[pytest.mark.slow] if size in LONG else [])
+        for path, size in SIZES
+    ],
+    ids=str,
+)
 def test_every_size_shape_checks(path, size):
     """The step of every variant keeps the shapes and types of its state; no arithmetic."""
     config = configs.load(f"{path}:{size}")

@@ -2,7 +2,7 @@
 
     e_ij = [ RBF(d_ij), RBF(d^r_ij), onehot(E_ij, 5), d_ij - d^r_ij ]     r: every known state
     h_i  = Emb(Z_i) + MLP(time features)                                  [atoms, F]
-    V_i  = sum_r c_in (x_i - x^r_i) w_r                                   [atoms, 3, F]
+    V_i  = sum_r c_r (x_i - x^r_i) w_r   c_r = c_in of the start, else 1/A   [atoms, 3, F]
     F_i  = project( sum over channels of g(h_i) V_i w ),                  w = 0 at first
 
 Section 7.1 of the specification. Parameters are dicts of arrays; those of layers have a
@@ -210,8 +210,14 @@ def scalars(p: dict, s: Settings, graph: Graph, inputs: Inputs) -> Float[Array, 
 
 
 def moved(graph: Graph, inputs: Inputs) -> Float[Array, "known atoms 3"]:
-    """c_in (x - x^r) of each known state."""
-    return (inputs.x - inputs.known) * inputs.scale[graph.owner][:, None]
+    """c_in (x - x^r) of the start; of other known states x - x^r in angstrom.
+
+    1 / c_in is the size of the way from the start. Near t = 0 that is nothing, but other
+    states are as far away as ever.
+    """
+    scale = jnp.ones((len(inputs.known), len(inputs.scale)), inputs.x.dtype)
+    scale = scale.at[0].set(inputs.scale)
+    return (inputs.x - inputs.known) * scale[:, graph.owner, None]
 
 
 def vectors(p: dict, graph: Graph, inputs: Inputs) -> Float[Array, "atoms 3 n"]:

@@ -337,7 +337,10 @@ def by_loops(p, s, structure, scale, time, segment):
     h = [p["atoms"]["embedding"][z] + features for z in structure.numbers]
     v = [
         sum(
-            np.outer(scale * (states[0, i] - states[1 + r, i]), p["atoms"]["states"][r])
+            np.outer(
+                (scale if r == 0 else 1.0) * (states[0, i] - states[1 + r, i]),
+                p["atoms"]["states"][r],
+            )
             for r in range(known)
         )
         for i in range(n)

@@ -385,7 +385,6 @@ def test_rows_know_bound_and_gap():
         ("exact", dict(theory=dict(draws=0)), "config.theory.draws is 0"),
         ("exact", dict(theory=dict(draws=1, lengths=(64,))), "config.theory.draws is 1"),
         ("mdm-pairs", dict(language=dict(kind=""), length=100_000), "config.length is 100000"),
-        ("mdm-pairs", dict(language=dict(kind=""), vocab=50_257), "config.data.path is ''"),
         ("mdm-pairs", dict(sampler=dict(top_k=4)), "sampler.top_k is 4"),
         ("mdm-pairs", dict(eval=dict(texts=15)), "config.eval.texts is 15"),
         ("mdm-pairs", dict(objective=dict(floor=0.0)), "config.objective.floor is 0.0"),
@@ -416,6 +415,12 @@ def test_only_draws_from_f_itself_have_a_bound():
         assert (ar is None) == ("final" not in changes)
         config = variant("mdm-pairs")
     assert known.gap_bound(config, 0.5, 4) == pytest.approx(0.125)
+
+
+def test_a_small_text_does_not_silently_stand_in_for_a_large_one():
+    config = variant("mdm-pairs", language=dict(kind=""), vocab=50_257)
+    with pytest.warns(UserWarning, match=r"config\.data\.path is '': a small text"):
+        runner.make(config)
 
 
 def test_uneven_steps_have_a_larger_bound():
