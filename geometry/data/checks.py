@@ -66,8 +66,9 @@ def checked(record: Record, supported: Collection[int] = range(1, 119)) -> Recor
             )
         if not np.isfinite(x).all():
             raise UserError(f"Record {record.id} has a position that is NaN or infinite.")
-        _apart(record, name, x)
     _units(record)
+    for name, x in _states(record):
+        _apart(record, name, x)
     _pieces(record)
     record = align.aligned(_distinct(record))
     if record.end is not None:
@@ -203,7 +204,7 @@ def _units(record: Record) -> None:
     near = distance.argmin(axis=1)
     radii = elements.RADII[record.numbers]
     ratio = float(np.median(distance.min(axis=1) / (radii + radii[near])))
-    if ratio < 0.4:
+    if 0.05 < ratio < 0.4:
         raise UserError(
             f"Nearest atoms of record {record.id} are {ratio:.2f} times the sum of their "
             "covalent radii apart: the positions look like nanometres, but must be angstrom."
