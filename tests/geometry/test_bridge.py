@@ -149,7 +149,7 @@ def test_a_users_file_is_predicted(trained, tmp_path):
         ("b.xyz", "1\n\nC 0 0 0\n", "is a single atom"),
         ("c.xyz", "2\n\nC 0 0 0\nO 0 0 0.01\n", "0.1"),
         ("d.xyz", "2\n\nC 0 0 0\nO 0 0 nan\n", "NaN"),
-        ("e.xyz", "3\n\nO 0 0 0\nH 0 0 0.096\nH 0 0.093 -0.024\n", "nm"),
+        ("e.xyz", "3\n\nO 0 0 0\nH 0 0 0.096\nH 0 0.093 -0.024\n", "nanometres"),
         ("f.smi", "C1CC\n", "C1CC"),
         ("g.pdb", "", "ends in"),
     ],
