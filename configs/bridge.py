@@ -2,13 +2,14 @@
 
     python main.py --config=configs/bridge.py                  # relaxed molecules, minutes
     python main.py --config=configs/bridge.py --do=predict --input=mine.sdf
+    python main.py --config=configs/bridge.py:toy              # a known optimum, minutes
     python main.py --config=configs/bridge.py:qm7 --config.data.path=qm7_etkdg_to_pbe0.npz
 
 arXiv:2410.24220. Sizes for a CPU: test; small, a bridge, a chain of them over trajectories and
-direct regression, on 1,327 molecules relaxed by GFN2-xTB; seeds, the same three times; qm7,
-DFT geometries; slabs, adsorbates on metals that `python -m geometry.prepare` makes. Of the
-paper: qm9 (also "paper"), molecule3d and oc22, with --config.data.path=SET of
-`python -m geometry.prepare`.
+direct regression, on 1,327 molecules relaxed by GFN2-xTB; seeds, the same three times; toy, a
+coupling in the plane whose optimum is known; qm7, DFT geometries; slabs, adsorbates on metals
+that `python -m geometry.prepare` makes. Of the paper: qm9 (also "paper"), molecule3d and oc22,
+with --config.data.path=SET of `python -m geometry.prepare`.
 """
 
 from configs.base import at_size, base
@@ -95,6 +96,8 @@ def get_config(size: str = "small"):
         eps=1e-3,  # pfode
         drop_last_noise=True,  # em
     )
+    # Of geometry.toy_bridge: a perceptron, and paths of each start for table 2.5.
+    config.toy = dict(width=256, depth=3, paths=8000)
     # Held-out structures: by so many network calls, and draws of the stochastic bridge.
     config.eval = dict(
         split="test",
@@ -152,6 +155,14 @@ def _sizes() -> dict:
         ),
         "small": dict(runs=kinds),
         "seeds": dict(n_seeds=3, runs=kinds),
+        "toy": dict(
+            experiment="geometry.toy_bridge",
+            steps=6000,
+            batch_size=512,
+            log_every=200,
+            reference=dict(sigma=1.0),
+            optim=dict(name="adam", weight_decay=0.0, clip=0.0, warmup=0),
+        ),
         # --config.data.path=qm7_etkdg_to_pbe0.npz
         "qm7": dict(
             steps=6000,
