@@ -21,7 +21,7 @@ def get_config(size: str = "small"):
     config.log_every = 50
     config.save_every = 500
     config.batch_size = 32  # Structures of a step on the average, all packs together.
-    config.packs = 1  # Graphs of fixed size that make a step; a multiple of the devices.
+    config.packs = 0  # Graphs of fixed size that make a step; 0: one for each device.
     config.kind = "bridge"  # bridge; chain, over trajectories; direct: D at t = 0 only
     config.data = dict(
         path="",  # .npz, .extxyz, .xyz, .traj, .db; "": the relax_gfn2 of geometry/data
@@ -166,7 +166,7 @@ def _sizes() -> dict:
         # --config.data.path=qm7_etkdg_to_pbe0.npz
         "qm7": dict(
             steps=6000,
-            data=dict(target="x_final_matched"),
+            data=dict(target="x_final_matched", stands_for="qm7"),
             reference=dict(sigma=0.6),
             network=dict(features=64, layers=4),
             optim=dict(learning_rate=1e-3),

@@ -44,9 +44,14 @@ def sets(config) -> Sets:
             "with `python -m geometry.prepare`.",
             stacklevel=2,
         )
-    fields = ("path", "target", "split", "split_seed", "labels", "mirror", "limit")
+        return _read("", "x_final", "hash", *_rest(config))
+    return _read(data.path, data.target, data.split, *_rest(config))
+
+
+def _rest(config) -> tuple:
+    names = ("split_seed", "labels", "mirror", "limit")
     segments = config.chain.segments if config.kind == "chain" else 0
-    return _read(*(data[name] for name in fields), config.network.species, segments)
+    return *(config.data[name] for name in names), config.network.species, segments
 
 
 @lru_cache(4)

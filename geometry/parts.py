@@ -62,10 +62,11 @@ def parts_of(config) -> Parts:
     train = arrays.prepare(found.train, dataset.reach_of(config), frames=chained)
     data = config.data
     budget = None
+    packs = packs_of(config)
+    molecules = config.batch_size // packs
     if data.atoms or data.edges:
-        budget = arrays.Budget(data.atoms, data.edges, config.batch_size // config.packs + 1)
-    molecules = config.batch_size // config.packs
-    batch, plan = batches.training(train, molecules, config.packs, config.seed, budget)
+        budget = arrays.Budget(data.atoms, data.edges, molecules + 1)
+    batch, plan = batches.training(train, molecules, packs, config.seed, budget)
     s2 = dataset.mean_square(found.train)
     made, process = None, _process(config, s2)
     if chained:
@@ -183,15 +184,21 @@ def _process(config, s2: float) -> Reference:
     return reference(r.name, **fields, end=r.horizon)
 
 
+def packs_of(config) -> int:
+    """Packs of a step: `config.packs`, or one for each device."""
+    return config.packs or meshes.make(**config.mesh).shape["data"]
+
+
 def _check(config) -> None:
     devices = meshes.make(**config.mesh).shape["data"]
+    packs = packs_of(config)
     if config.kind not in KINDS:
         raise reject("kind", config.kind, f"one of {', '.join(KINDS)}")
-    if config.packs < 1 or config.packs % devices:
-        allowed = f"a multiple of the {devices} devices of mesh.data"
+    if packs < 1 or packs % devices:
+        allowed = f"0, or a multiple of the {devices} devices of mesh.data"
         raise reject("packs", config.packs, allowed)
-    if config.batch_size < config.packs or config.batch_size % config.packs:
-        raise reject("batch_size", config.batch_size, f"a multiple of packs = {config.packs}")
+    if config.batch_size < packs or config.batch_size % packs:
+        raise reject("batch_size", config.batch_size, f"a multiple of the {packs} packs")
     if not 0 < config.loss.last < 1:
         raise reject("loss.last", config.loss.last, "a share between 0 and 1")
     if not 0 <= config.loss.w_min < np.inf:

@@ -42,11 +42,18 @@ def report(runs: dict[str, Run], folder: Path) -> Report:
         "## This machine",
         _machine(runs),
         "## Figures",
-        *[f"{caption}\n\n![{caption}](figures/{name})" for caption, name in drawn],
+        *[_shown(caption, name) for caption, name in drawn],
         NOTES,
     ]
     summary = {"groups": groups, "timing": {name: run.timing for name, run in runs.items()}}
     return Report("\n\n".join(sections), summary, result)
+
+
+def _shown(caption: str, name: str) -> str:
+    """A picture, or where it moves a link to it."""
+    if name.endswith(".gif"):
+        return f"[{caption}](figures/{name})"
+    return f"{caption}\n\n![{caption}](figures/{name})"
 
 
 def summarize(runs: list[Run]) -> dict:

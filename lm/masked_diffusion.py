@@ -288,7 +288,8 @@ def _check_evaluation(config, source) -> None:
     settings.fit(settings.settings(**config.sampler), config.length, source.vocab)
     least = 2 * (config.length - config.objective.prompt)
     e = config.eval
-    if source.valid is not None and not source.ragged:
+    standing_in = config.vocab and not config.data.path
+    if source.valid is not None and not (source.ragged or standing_in):
         windows = (len(source.valid.tokens) - 1) // config.length
         if windows * e.draws < least:
             allowed = (

@@ -169,6 +169,7 @@ def test_a_file_that_cannot_be_is_one_sentence(tmp_path, name, text, said):
     [
         (dict(kind="bridges"), "config.kind is 'bridges'"),
         (dict(packs=3), "config.batch_size is 8"),
+        (dict(packs=-1), "config.packs is -1"),
         (dict(ema=1.0), "config.ema is 1.0"),
         (dict(loss=dict(last=1.0)), "config.loss.last is 1.0"),
         (dict(reference=dict(sigma=-1.0)), "config.reference.sigma is -1.0"),

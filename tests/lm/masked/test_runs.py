@@ -306,7 +306,7 @@ def test_eight_devices_measure_what_one_does(exact):
     config, whole, _ = exact
     shared = config.copy_and_resolve_references()
     shared.mesh.data = 8
-    found, _ = play(shared, 8)
+    found, _ = play(shared, 32)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(whole), rtol=1e-5)
 
 
