@@ -1,6 +1,5 @@
 """What a trained bridge is measured by: metrics of held-out structures, call by call."""
 
-import time
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from geometry import dataset, metrics
 from geometry.data import align
 from geometry.parts import Parts, predict, sampler_of
 from geometry.records import Record
+from geometry.samplers import sampler
 
 POINT = ("d_mae", "d_rmse", "c_rmsd", "rmsd", "adwt")
 
@@ -92,8 +92,6 @@ def scored(config, records, x, found) -> dict:
 
 def _several(config, parts, params, records, reach, found, key) -> dict:
     """Draws of the stochastic bridge: best and mean of them."""
-    from geometry.samplers import sampler
-
     own = sampler(
         **dict(config.sampler) | {"name": "bridge", "steps": config.eval.sample_steps}
     )
@@ -119,11 +117,3 @@ def _several(config, parts, params, records, reach, found, key) -> dict:
         "samples_best_rmsd": float(np.mean(np.min(every, axis=1))),
         "samples_mean_rmsd": float(np.mean(every)),
     }
-
-
-def seconds(config, parts: Parts, params, records, reach, own, key) -> float:
-    """CPU or wall seconds of one prediction of all records, compiled before."""
-    predict(parts, params, records, reach, own, key)
-    begin = time.perf_counter()
-    predict(parts, params, records, reach, own, key)
-    return time.perf_counter() - begin
