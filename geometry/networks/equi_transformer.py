@@ -11,7 +11,6 @@ that fade out go to 0 smoothly, also where they are the last ones.
 """
 
 from math import sqrt
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,10 @@ from jaxtyping import Array, Float
 
 from common.errors import reject
 from geometry.graphs import Graph
-from geometry.network import Inputs, Network
+from geometry.network import Network
 from geometry.networks import blocks
 from geometry.networks.blocks import Settings, dense, layer_norm, mlp
-from geometry.networks.two_frame import hear, update, updating, width
+from geometry.networks.two_frame import two_frame, updating, width
 
 
 def equi_transformer(s: Settings) -> Network:
@@ -35,30 +34,7 @@ def equi_transformer(s: Settings) -> Network:
         raise reject("network.heads", s.heads, f"a divisor of {s.features} features")
     # Weights of attention have sum 1 at most, whatever the number of neighbours.
     s = s._replace(neighbours=1.0)
-
-    def init(key: jax.Array) -> dict:
-        atoms, layers, head = jax.random.split(key, 3)
-        return {
-            "atoms": blocks.atoms(atoms, s),
-            "layers": blocks.stacked(lambda k: _layer(k, s), layers, s.layers),
-            "head": blocks.head(head, s.features, s.features),
-        }
-
-    def apply(params: Any, graph: Graph, inputs: Inputs) -> Float[Array, "atoms 3"]:
-        params, inputs = blocks.cleaned(s, params, graph, inputs)
-        edges = blocks.edges(s, graph, inputs)
-
-        def layer(p, state):
-            h, v = state
-            phi = _messages(p, s, graph, edges, h)
-            return update(p["update"], s, *hear(s, graph, edges, phi, h, v))
-
-        h = blocks.scalars(params["atoms"], s, graph, inputs)
-        v = blocks.vectors(params["atoms"], graph, inputs)
-        h, v = blocks.layers(s, layer, params["layers"], (h, v))
-        return blocks.finish(params["head"], graph, h, v)
-
-    return Network(init, apply)
+    return two_frame(s, _layer, _messages)
 
 
 def _layer(key: jax.Array, s: Settings) -> dict:

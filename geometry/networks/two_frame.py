@@ -14,6 +14,7 @@ with nu^2 the mean number of neighbours. Every scalar is made from invariants, e
 is a sum of vectors with scalar weights, and only differences of positions enter.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,14 +28,23 @@ from geometry.networks.blocks import Edges, Settings, dense, layer_norm, mlp
 from geometry.networks.radial import smooth_norm
 
 
-def two_frame(s: Settings) -> Network:
-    """The network of those settings."""
+def two_frame(
+    s: Settings, layer_of: Callable | None = None, messages: Callable | None = None
+) -> Network:
+    """The network of those settings.
+
+    Args:
+      layer_of: (key, s) -> a layer's parameters, with "update" of `updating`.
+      messages: (its parameters, s, graph, edges, h) -> phi [edges, n]. Both by default of
+        this module; attention has its own.
+    """
+    layer_of, messages = layer_of or _layer, messages or _messages
 
     def init(key: jax.Array) -> dict:
         atoms, layers, head = jax.random.split(key, 3)
         return {
             "atoms": blocks.atoms(atoms, s),
-            "layers": blocks.stacked(lambda k: _layer(k, s), layers, s.layers),
+            "layers": blocks.stacked(lambda k: layer_of(k, s), layers, s.layers),
             "head": blocks.head(head, s.features, s.features),
         }
 
@@ -44,7 +54,7 @@ def two_frame(s: Settings) -> Network:
 
         def layer(p, state):
             h, v = state
-            phi = _messages(p, s, graph, edges, h)
+            phi = messages(p, s, graph, edges, h)
             return update(p["update"], s, *hear(s, graph, edges, phi, h, v))
 
         h = blocks.scalars(params["atoms"], s, graph, inputs)
