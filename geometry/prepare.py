@@ -34,11 +34,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from common import metrics
+from common import flags, metrics
 from common.errors import UserError
 from common.progress import Progress
 from geometry.data import packed
@@ -78,26 +78,9 @@ def parse(arguments: list[str]) -> Flags:
     Raises:
       UserError: a flag is unknown, missing, stands twice or has no proper value.
     """
-    found: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in Flags._fields or not (equals and value):
-            known = ", ".join(f"--{n}=..." for n in Flags._fields)
-            raise UserError(f"Unknown argument {argument!r}; known are {known}.")
-        if name in found:
-            raise UserError(f"The flag --{name} stands twice.")
-        found[name] = value
-    for name in ("method", "out"):
-        if name not in found:
-            raise UserError(f"The flag --{name}=... is missing.")
-    for name, least in (("heavy", 2), ("count", 0), ("seed", 0), ("workers", 1)):
-        text = found.get(name, str(least))
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise UserError(
-                f"--{name} is {text!r}, but must be a whole number of at least {least}."
-            )
-        if name in found:
-            found[name] = int(text)
+    found = flags.parse(
+        arguments, Flags._fields, ("method", "out"), dict(heavy=2, count=0, seed=0, workers=1)
+    )
     for name, allowed in (
         ("method", METHODS),
         ("split", ("random", "scaffold")),
@@ -107,10 +90,10 @@ def parse(arguments: list[str]) -> Flags:
             raise UserError(
                 f"--{name} is {found[name]!r}, but must be one of {', '.join(allowed)}."
             )
-    flags = Flags(**found)
-    if flags.method in ("qm9", "molecule3d", "oc22") and not flags.source:
-        raise UserError(f"The method {flags.method} needs --source=..., the raw files.")
-    return flags
+    made = Flags(**found)
+    if made.method in ("qm9", "molecule3d", "oc22") and not made.source:
+        raise UserError(f"The method {made.method} needs --source=..., the raw files.")
+    return made
 
 
 def main(arguments: list[str]) -> int:

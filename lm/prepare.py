@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import metrics
+from common import flags, metrics
 from common.errors import UserError
 from lm import corpus, tokenizers
 from lm.sources import Source, open_source
@@ -64,26 +64,9 @@ def parse(arguments: list[str]) -> Flags:
     Raises:
       UserError: a flag is unknown, missing, stands twice or has no proper value.
     """
-    found: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in Flags._fields or not (equals and value):
-            known = ", ".join(f"--{n}=..." for n in Flags._fields)
-            raise UserError(f"Unknown argument {argument!r}; known are {known}.")
-        if name in found:
-            raise UserError(f"The flag --{name} stands twice.")
-        found[name] = value
-    for name in ("source", "tokenizer", "out"):
-        if name not in found:
-            raise UserError(f"The flag --{name}=... is missing.")
-    for name, least in (("documents", 0), ("shard", 1)):
-        text = found.get(name, str(least or 1))
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise UserError(
-                f"--{name} is {text!r}, but must be a whole number of at least {least}."
-            )
-        if name in found:
-            found[name] = int(text)
+    found = flags.parse(
+        arguments, Flags._fields, ("source", "tokenizer", "out"), dict(documents=0, shard=1)
+    )
     return Flags(**found)
 
 
