@@ -121,5 +121,5 @@ def _loss(config, parts: Parts, aux: bool, params, batch, key):
             part, config.loss.w_min, aux,
         )  # fmt: skip
 
-    sums = jax.vmap(one)(batch, t, i)
+    sums = graphs.each_pack(one)(batch, t, i)
     return matching.loss(sums, config.loss.distances, config.loss.bonds)

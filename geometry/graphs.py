@@ -10,6 +10,7 @@ out of noise, outputs and losses, and anchored ones, periodic cells and slabs, o
 atoms do not move.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +64,22 @@ class Batch(NamedTuple):
     start: Float[Array, "*packs atoms 3"]
     end: Float[Array, "*packs atoms 3"]
     frames: Float[Array, "*packs frames atoms 3"]
+
+
+def each_pack(function: Callable, out_axis: int = 0) -> Callable:
+    """`function` of one pack, over the leading axis of all arguments.
+
+    As `jax.vmap`; one pack alone is no batch: gradients of gathers are several times faster
+    on a CPU without the axis.
+    """
+
+    def over(*arguments):
+        if len(jax.tree.leaves(arguments)[0]) > 1:
+            return jax.vmap(function, out_axes=out_axis)(*arguments)
+        found = function(*jax.tree.map(lambda a: a[0], arguments))
+        return jax.tree.map(lambda a: jnp.expand_dims(a, out_axis), found)
+
+    return over
 
 
 def of_atoms(graph: Graph, values: Float[Array, " graphs"]) -> Float[Array, "atoms 1"]:

@@ -165,7 +165,7 @@ def _generate(net, process, s2, made, params, graph, start, table, key, *, path)
         return found[1] if path else found
 
     axis = 0 if made is None and not path else 1
-    return jax.vmap(one, out_axes=axis)(graph, start)
+    return graphs.each_pack(one, axis)(graph, start)
 
 
 def _process(config, s2: float) -> Reference:
